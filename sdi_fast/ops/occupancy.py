@@ -1,0 +1,38 @@
+"""The occupancy grid's update (methods.md D, Marching)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference.occupancy import update_occupancy as update_occupancy_reference
+from ..types import SDIFastError
+from ._checks import check_positive, check_tensor
+from ._native import resolve_backend
+
+
+def update_occupancy(
+    occs: Tensor,  # [G^3] f32 or f64, density * dt; written in place
+    cells: Tensor,  # [M] i64, index (x * G + y) * G + z, duplicates allowed
+    values: Tensor,  # [M], density * dt
+    decay: float,  # in [0, 1]
+    threshold: float,  # density * dt
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """occs <- max(decay * occs, values) at `cells`; returns occs > min(mean, threshold).
+
+    The result is [G, G, G] bool. No gradient.
+    """
+    check_tensor("occs", occs, (None,))
+    side = round(occs.numel() ** (1 / 3))
+    if side < 1 or side**3 != occs.numel():
+        raise SDIFastError(f"occs: expected G^3 entries, got {occs.numel()}")
+    if not occs.is_contiguous():
+        raise SDIFastError("occs: expected a contiguous tensor, since it is written in place")
+    check_tensor("cells", cells, (None,), dtype=torch.int64, like=occs)
+    check_tensor("values", values, (cells.shape[0],), like=occs)
+    check_positive("decay", decay, zero_ok=True)
+    check_positive("threshold", threshold, zero_ok=True)
+    resolve_backend("update_occupancy", occs, backend, ())
+    return update_occupancy_reference(occs, cells, values, decay, threshold)
