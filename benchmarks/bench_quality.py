@@ -1,0 +1,168 @@
+"""Quality of finished runs with the bundled model: silhouettes against the ground truth, caption rank.
+
+One process a run, so that runs use the machine's cores side by side:
+
+    python benchmarks/bench_quality.py --out DIR                               # the ten prompts, SDI
+    python benchmarks/bench_quality.py --out DIR --methods sdi sds --n-prompts 3 --seeds 0 1 2
+
+Writes DIR/results.json (one row a run, conditions beside them) and DIR/views.png (each run's held-out
+views, the ground truth's in the top row of its prompt).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from harness import conditions
+from PIL import Image, ImageDraw
+
+from sdi_fast.config import toyworld_config
+from sdi_fast.engine import Engine
+from sdi_fast.toyworld.evaluate import EVAL_PROMPTS, evaluate_run, held_out_cameras
+from sdi_fast.toyworld.renderer import render_scene
+from sdi_fast.toyworld.scenes import parse_caption
+from sdi_fast.types import Camera
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """What to run."""
+
+    out: Path
+    methods: tuple[Literal["sdi", "sds"], ...] = ("sdi",)
+    n_prompts: int = 10
+    seeds: tuple[int, ...] = (0,)
+    steps: int = 0  # 0: the bundled model's own number
+    jobs: int = 1  # runs at a time
+    threads: int = 1  # CPU threads a run
+    device: str = "cpu"
+    options: tuple[str, ...] = ()  # stage.name=value, over the defaults; for experiments
+    time_limit: float = 0.0  # seconds; runs not started by then are left out and said to be
+
+
+def with_options(config: Any, options: tuple[str, ...]) -> Any:
+    """`config` with "stage.name=json" settings replaced."""
+    for option in options:
+        key, text = option.split("=", 1)
+        stage, name = key.split(".")
+        value = json.loads(text)
+        value = tuple(value) if isinstance(value, list) else value
+        config = dataclasses.replace(
+            config, **{stage: dataclasses.replace(getattr(config, stage), **{name: value})}
+        )
+    return config
+
+
+def run_one(job: tuple[Args, str, str, int]) -> dict[str, Any]:
+    """One run from the prompt to its scores; images come back as uint8."""
+    args, prompt, method, seed = job
+    torch.set_num_threads(args.threads)
+    config = toyworld_config()
+    config = config.with_steps(args.steps or config.engine.max_steps)
+    config = dataclasses.replace(
+        config,
+        prompt=prompt,
+        guidance=dataclasses.replace(config.guidance, method=method),
+        engine=dataclasses.replace(
+            config.engine, seed=seed, device=args.device, threads=args.threads
+        ),
+    )
+    engine = Engine(with_options(config, args.options))
+    started = time.perf_counter()
+    engine.run()
+    seconds = time.perf_counter() - started
+
+    def render(camera: Camera) -> tuple[torch.Tensor, torch.Tensor]:
+        output = engine.render(camera)
+        return output.comp_rgb, output.opacity[..., 0]
+
+    scores = evaluate_run(render, prompt)
+    views = engine.render(held_out_cameras(height=96, width=96, device=engine.device))
+    images = torch.cat([views.comp_rgb, views.comp_normal], dim=1).clamp(0, 1)
+    return {
+        "prompt": prompt,
+        "method": method,
+        "seed": seed,
+        "steps": engine.global_step,
+        "seconds": seconds,
+        "skipped": sum(row["skipped"] for row in engine.history),
+        "loss_last_50": float(np.mean([row["loss"] for row in engine.history[-50:]])),
+        **scores,
+        "images": (images * 255).byte().cpu().numpy(),
+    }
+
+
+def contact_sheet(rows: list[dict[str, Any]], path: Path) -> None:
+    """Ground truth and every run's colour and normal views, prompt by prompt."""
+    strips: list[np.ndarray] = []
+    labels: list[str] = []
+    for prompt in dict.fromkeys(row["prompt"] for row in rows):
+        scene = parse_caption(prompt)
+        truth, _ = render_scene(scene, held_out_cameras(height=96, width=96))
+        strips.append(np.concatenate(list((truth.clamp(0, 1) * 255).byte().numpy()), axis=1))
+        labels.append(f"{prompt}: ground truth")
+        for row in (r for r in rows if r["prompt"] == prompt):
+            strips.append(np.concatenate(list(row["images"]), axis=1))
+            labels.append(
+                f"{row['method']} seed {row['seed']}: IoU {row['iou']:.2f}, rank {row['rank']}"
+            )
+    bars = []
+    for strip, label in zip(strips, labels, strict=True):
+        bar = Image.new("RGB", (strip.shape[1], 14), "white")
+        ImageDraw.Draw(bar).text((2, 1), label, fill="black")
+        bars += [np.asarray(bar), strip]
+    Image.fromarray(np.concatenate(bars)).save(path)
+
+
+def main(args: Args) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    jobs = [
+        (args, prompt, method, seed)
+        for prompt in EVAL_PROMPTS[: args.n_prompts]
+        for seed in args.seeds
+        for method in args.methods
+    ]
+    rows: list[dict[str, Any]] = []
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(args.jobs, maxtasksperchild=1) as pool:
+        pending = pool.imap_unordered(run_one, jobs)
+        for _ in jobs:
+            left = args.time_limit - (time.perf_counter() - started) if args.time_limit else None
+            try:
+                row = pending.next(left)
+            except multiprocessing.TimeoutError:
+                print(f"time limit: {len(jobs) - len(rows)} of {len(jobs)} runs are left out")
+                break
+            rows.append(row)
+            print(
+                f"{row['prompt']:32s} {row['method']} seed {row['seed']}: "
+                f"IoU {row['iou']:.3f}  rank {row['rank']}  score {row['score']:.3f}  "
+                f"{row['seconds']:.0f} s",
+                flush=True,
+            )
+            save(args, rows)
+    save(args, rows)
+
+
+def save(args: Args, rows: list[dict[str, Any]]) -> None:
+    rows = sorted(rows, key=lambda r: (r["prompt"], r["method"], r["seed"]))
+    plain = [{k: v for k, v in row.items() if k != "images"} for row in rows]
+    report = {"conditions": conditions(), "args": dataclasses.asdict(args), "runs": plain}
+    (args.out / "results.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+    if rows:
+        contact_sheet(rows, args.out / "views.png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
