@@ -1,0 +1,126 @@
+"""Fixtures shared by all tests: golden data and a small random field."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small tests are slower on many
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sdi_fast.types import FieldParams, FieldSpec, HashGridSpec
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# FieldParams' members and EnvironmentBackground's, as the golden data names them
+GOLDEN_FIELD_NAMES = {
+    "table": "grid",
+    "density_w1": "geometry.density_network.layers.0.weight",
+    "density_w2": "geometry.density_network.layers.2.weight",
+    "color_w1": "geometry.feature_network.layers.0.weight",
+    "color_w2": "geometry.feature_network.layers.2.weight",
+}
+GOLDEN_BACKGROUND_NAMES = {
+    "w1": "background.network.layers.0.weight",
+    "w2": "background.network.layers.2.weight",
+    "w3": "background.network.layers.4.weight",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "slow: takes more than 20 s")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Relative L2 error in f64; the norm itself where `expected` is zero."""
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} != {tuple(expected.shape)}"
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    scale = expected.norm().item()
+    return (actual - expected).norm().item() / (scale or 1.0)
+
+
+def random_field(
+    spec: FieldSpec, *, dtype: torch.dtype = torch.float32, seed: int = 0, table_std: float = 0.5
+) -> FieldParams:
+    """Parameters far from initialisation, so that every term of the field matters."""
+    generator = torch.Generator().manual_seed(seed)
+    grid, hidden = spec.grid, spec.hidden
+
+    def normal(*shape: int, std: float) -> Tensor:
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * std).to(dtype)
+
+    width = grid.n_output_dims
+    return FieldParams(
+        table=normal(grid.n_params, std=table_std),
+        density_w1=normal(hidden, width, std=width**-0.5),
+        density_w2=normal(1, hidden, std=2 * hidden**-0.5),
+        color_w1=normal(hidden, width, std=width**-0.5),
+        color_w2=normal(3, hidden, std=2 * hidden**-0.5),
+    )
+
+
+@pytest.fixture(scope="session")
+def golden_render() -> dict[str, Tensor]:
+    """Tensors of tests/golden/render (see its README). Do not change them in place."""
+    return load_file(GOLDEN / "render" / "render.safetensors")
+
+
+@pytest.fixture(scope="session")
+def golden_render_cases() -> dict[str, Any]:
+    return json.loads((GOLDEN / "render" / "render_cases.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def golden_guidance() -> dict[str, Tensor]:
+    """Tensors of tests/golden/guidance (see its README). Do not change them in place."""
+    return load_file(GOLDEN / "guidance" / "guidance.safetensors")
+
+
+@pytest.fixture(scope="session")
+def golden_guidance_cases() -> list[dict[str, Any]]:
+    return json.loads((GOLDEN / "guidance" / "guidance_cases.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def golden_spec(golden_render_cases: dict[str, Any]) -> FieldSpec:
+    """The golden field's geometry."""
+    grid = golden_render_cases["config"]["pos_encoding_config"]
+    return FieldSpec(
+        HashGridSpec(
+            grid["n_levels"],
+            grid["n_features_per_level"],
+            grid["log2_hashmap_size"],
+            grid["base_resolution"],
+            grid["per_level_scale"],
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def small_spec() -> FieldSpec:
+    """4 levels of which 2 are hashed; 16 hidden units."""
+    return FieldSpec(HashGridSpec(4, 2, 10, 5, 1.7), hidden=16)
+
+
+@pytest.fixture
+def small_params(small_spec: FieldSpec) -> FieldParams:
+    """f64 leaves that require gradients, for `small_spec`."""
+    params = random_field(small_spec, dtype=torch.float64)
+    for tensor in params.tensors():
+        tensor.requires_grad_()
+    return params
