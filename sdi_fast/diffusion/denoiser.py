@@ -1,0 +1,60 @@
+"""The frozen UNet.
+
+Embeddings and time steps arrive as tensors and nothing here waits for the device, so that a
+captured graph can take this module's place.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class DenoiserLike(Protocol):
+    """What guidance needs of a denoiser."""
+
+    def predict(
+        self,
+        x: Tensor,  # [M, C, h, w] f32
+        t: Tensor,  # [M] i64; may be negative (methods.md G9)
+        context: Tensor,  # [M, T, D]
+    ) -> Tensor:
+        """The network's raw output (eps or v), [M, C, h, w] f32."""
+        ...
+
+
+class Denoiser:
+    """A UNet2DConditionModel in eval mode, without gradients, counting its calls.
+
+    Args:
+        unet: the diffusers model, already on its device and in its dtype.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        self.unet = unet.eval().requires_grad_(False)
+        self.n_calls = 0
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
+
+    @torch.no_grad()
+    def predict(
+        self,
+        x: Tensor,  # [M, C, h, w] f32 or f64
+        t: Tensor,  # [M] i64; may be negative (methods.md G9)
+        context: Tensor,  # [M, T, D]
+    ) -> Tensor:
+        """The UNet's raw output, [M, C, h, w] in x's dtype, f32 at least."""
+        self.n_calls += 1
+        dtype = self.dtype
+        output = self.unet(
+            x.to(dtype), t, encoder_hidden_states=context.to(dtype), return_dict=False
+        )[0]
+        return output.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,123 @@
+"""The frozen VAE: images to latents with a gradient, latents to images for display.
+
+Images are [B, 3, H, W] f32 in [0, 1], latents [B, C, h, w] f32, already scaled for the UNet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..types import SDIFastError
+from .schedule import draw_normal
+
+LOGVAR_RANGE = (-30.0, 20.0)  # diffusers clamps the posterior's log variance so
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Identity whose backward multiplies the gradient by a power of two that brings its largest
+    entry near 1, and leaves that factor in `scale` for _UnscaleGradient.
+
+    The loss is a mean over 16384 latents, so that gradients of about 6e-5 would underflow on
+    their way through an f16 VAE (methods.md G11). A power of two changes no mantissa.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        largest = grad.detach().abs().amax().float()
+        usable = torch.isfinite(largest) & (largest > 0)
+        factor = torch.exp2(-torch.log2(largest.clamp(min=1e-30)).round())
+        ctx.scale.copy_(torch.where(usable, factor, 1.0))
+        return grad * ctx.scale, None
+
+
+class _UnscaleGradient(torch.autograd.Function):
+    """Identity whose backward divides the gradient by what _ScaleGradient multiplied it by."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad / ctx.scale, None
+
+
+class LatentEncoder:
+    """An AutoencoderKL in eval mode with frozen weights.
+
+    Args:
+        vae: the diffusers model, already on its device and in its dtype.
+        image_size: side of the images that it is given, pixels.
+    """
+
+    def __init__(self, vae: Any, image_size: int) -> None:
+        self.vae = vae.eval().requires_grad_(False)
+        self.image_size = image_size
+        self.scaling_factor = float(vae.config.scaling_factor)
+        self.shift_factor = float(getattr(vae.config, "shift_factor", None) or 0.0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.vae.parameters()).dtype
+
+    def encode(
+        self,
+        images: Tensor,  # [B, 3, H, W] f32, in [0, 1]
+        generator: torch.Generator | None = None,
+        sample: bool = True,
+    ) -> Tensor:
+        """Latents [B, C, h, w] in the images' dtype, with a gradient to `images` (methods.md C2).
+
+        Args:
+            generator: draws the posterior's noise; needed where `sample`.
+            sample: a draw from the posterior, or its mode.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise SDIFastError(f"images: expected [B, 3, H, W], got {tuple(images.shape)}")
+        if sample and generator is None:
+            raise SDIFastError("generator: expected a torch.Generator to sample with, got None")
+        size = (self.image_size, self.image_size)
+        x = images
+        if tuple(images.shape[-2:]) != size:
+            x = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        mean, std = self._posterior(2.0 * x - 1.0)
+        latents = mean
+        if sample:
+            assert generator is not None
+            latents = mean + std * draw_normal(mean.shape, generator, mean)
+        return (latents - self.shift_factor) * self.scaling_factor
+
+    def _posterior(
+        self,
+        x: Tensor,  # [B, 3, S, S] f32, in [-1, 1]
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, [B, C, h, w] in x's dtype, not scaled."""
+        scale = torch.ones((), device=x.device, dtype=torch.float32)
+        guarded = self.dtype == torch.float16
+        if guarded:
+            x = _UnscaleGradient.apply(x, scale)
+        parameters = self.vae.encode(x.to(self.dtype)).latent_dist.parameters.to(x.dtype)
+        if guarded:
+            parameters = _ScaleGradient.apply(parameters, scale)
+        mean, logvar = parameters.chunk(2, dim=1)
+        return mean, torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE))
+
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: Tensor,  # [B, C, h, w] f32
+    ) -> Tensor:
+        """Images [B, 3, H, W] f32, clamped to [0, 1], for display."""
+        z = latents / self.scaling_factor + self.shift_factor
+        images = self.vae.decode(z.to(self.dtype)).sample.float()
+        return (images * 0.5 + 0.5).clamp(0.0, 1.0)
