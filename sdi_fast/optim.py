@@ -1,0 +1,128 @@
+"""Adam over named groups of parameters (methods.md D, Optimiser)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ops.adam import adam_step
+from .types import SDIFastError
+
+
+@dataclass
+class ParamGroup:
+    """Parameters that share a learning rate."""
+
+    params: dict[str, Tensor]
+    lr: float
+
+
+class Adam:
+    """Bias-corrected Adam, one step counter for all parameters.
+
+    A parameter without a gradient counts as having a zero one, so that its momentum carries on:
+    that is what the official code does in steps whose shading ignores the albedo.
+
+    Args:
+        groups: name -> (parameters by name, learning rate).
+        backend: of the op, see `sdi_fast.ops`.
+
+    Raises:
+        SDIFastError: for a rate, a beta or an eps out of range, or a parameter in two groups.
+    """
+
+    def __init__(
+        self,
+        groups: Mapping[str, tuple[Mapping[str, Tensor], float]],
+        *,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-15,
+        backend: str = "auto",
+    ) -> None:
+        self.groups = {name: ParamGroup(dict(params), lr) for name, (params, lr) in groups.items()}
+        self.betas = betas
+        self.eps = eps
+        self.backend = backend
+        self.n_steps = 0
+        self._check()
+        self._exp_avg = {name: torch.zeros_like(p) for name, p, _ in self._named()}
+        self._exp_avg_sq = {name: torch.zeros_like(p) for name, p, _ in self._named()}
+
+    def step(self) -> None:
+        """One update of every parameter from its `.grad`."""
+        self.n_steps += 1
+        for name, param, lr in self._named():
+            grad = torch.zeros_like(param) if param.grad is None else param.grad
+            adam_step(
+                param.detach(),
+                grad,
+                self._exp_avg[name],
+                self._exp_avg_sq[name],
+                self.n_steps,
+                lr,
+                self.betas,
+                self.eps,
+                backend=self.backend,
+            )
+
+    def zero_grad(self) -> None:
+        """Forgets all gradients."""
+        for _, param, _ in self._named():
+            param.grad = None
+
+    def grads_are_finite(self) -> bool:
+        """Whether no gradient holds an infinity or a NaN. Waits for the device once."""
+        finite = [p.grad.isfinite().all() for _, p, _ in self._named() if p.grad is not None]
+        return not finite or bool(torch.stack(finite).all())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """ "step", and "exp_avg.GROUP.NAME" and "exp_avg_sq.GROUP.NAME" of each parameter."""
+        state = {"step": torch.tensor(self.n_steps)}
+        state.update({f"exp_avg.{name}": value for name, value in self._exp_avg.items()})
+        state.update({f"exp_avg_sq.{name}": value for name, value in self._exp_avg_sq.items()})
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over a state of `state_dict`.
+
+        Raises:
+            SDIFastError: for a missing or superfluous tensor or another shape; nothing is changed
+                then.
+        """
+        own = self.state_dict()
+        if state.keys() != own.keys():
+            odd = sorted(state.keys() ^ own.keys())[0]
+            verb = "missing" if odd in own else "not expected"
+            raise SDIFastError(f"optimizer: tensor {odd!r} is {verb}")
+        for name, value in own.items():
+            if state[name].shape != value.shape:
+                raise SDIFastError(
+                    f"optimizer: {name}: expected shape {list(value.shape)}, "
+                    f"got {list(state[name].shape)}"
+                )
+        self.n_steps = int(state["step"])
+        for name in self._exp_avg:
+            self._exp_avg[name].copy_(state[f"exp_avg.{name}"])
+            self._exp_avg_sq[name].copy_(state[f"exp_avg_sq.{name}"])
+
+    def _named(self) -> Iterator[tuple[str, Tensor, float]]:
+        """("GROUP.NAME", parameter, learning rate) of all parameters."""
+        for group_name, group in self.groups.items():
+            for name, param in group.params.items():
+                yield f"{group_name}.{name}", param, group.lr
+
+    def _check(self) -> None:
+        seen: set[int] = set()
+        for name, param, lr in self._named():
+            if id(param) in seen:
+                raise SDIFastError(f"groups: parameter {name!r} is in more than one place")
+            seen.add(id(param))
+            if not lr >= 0:
+                raise SDIFastError(f"groups: learning rate of {name!r}: expected >= 0, got {lr}")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise SDIFastError(f"betas: expected two numbers in [0, 1), got {self.betas}")
+        if not self.eps >= 0:
+            raise SDIFastError(f"eps: expected a number >= 0, got {self.eps}")

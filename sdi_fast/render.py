@@ -1,0 +1,239 @@
+"""From a field and cameras to images (methods.md D: marching, shading, compositing)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import FieldConfig, RenderConfig
+from .constants import DIAGONAL_FACTOR, NORMALIZE_EPS
+from .ops.background import background as background_op
+from .ops.composite import composite
+from .ops.field import density as density_op
+from .ops.field import field as field_op
+from .ops.march import march
+from .ops.prune import prune
+from .ops.rays import generate_rays
+from .ops.shade import shade
+from .types import (
+    Camera,
+    Composited,
+    FieldParams,
+    FieldSpec,
+    Rays,
+    RenderOutput,
+    Samples,
+    SDIFastError,
+)
+
+# Samples evaluated at once where no gradient is wanted: bounds the memory of the PyTorch twin.
+CHUNK_SAMPLES = 1 << 18
+
+
+class Field(Protocol):
+    """What the renderer needs of a field (see sdi_fast.field.NeRFField)."""
+
+    spec: FieldSpec
+
+    def params(self) -> FieldParams: ...
+    def active_levels(self, step: int) -> int: ...
+
+
+class Background(Protocol):
+    """What the renderer needs of a background (see sdi_fast.field.EnvironmentBackground)."""
+
+    @property
+    def w1(self) -> Tensor: ...
+    @property
+    def w2(self) -> Tensor: ...
+    @property
+    def w3(self) -> Tensor: ...
+
+
+class Occupancy(Protocol):
+    """What the renderer needs of a grid (see sdi_fast.occupancy.OccupancyGrid)."""
+
+    binary: Tensor  # [G, G, G] bool
+
+    def mean(self) -> float: ...
+
+
+class Renderer:
+    """Renders batches of views; differentiable in the field's and the background's parameters.
+
+    Args:
+        backend: of the ops, see `sdi_fast.ops`.
+    """
+
+    def __init__(
+        self, field_config: FieldConfig, render_config: RenderConfig, backend: str = "auto"
+    ) -> None:
+        if render_config.n_samples_per_ray < 1:
+            raise SDIFastError(
+                "render.n_samples_per_ray: expected at least 1, "
+                f"got {render_config.n_samples_per_ray}"
+            )
+        self.config = render_config
+        self.radius = field_config.radius
+        self.step_size = (
+            DIAGONAL_FACTOR * 2.0 * field_config.radius / render_config.n_samples_per_ray
+        )
+        self.backend = backend
+
+    def render(
+        self,
+        field: Field,
+        background: Background,
+        occupancy: Occupancy,
+        camera: Camera,
+        step: int,
+        shading: str,  # "albedo", "textureless" or "diffuse"
+        *,
+        jitter_generator: torch.Generator | None,  # None: no jitter (evaluation)
+    ) -> RenderOutput:
+        """Images of `camera`'s views at training step `step` (which sets the active levels).
+
+        Raises:
+            SDIFastError: for an unknown shading or tensors that do not fit each other.
+        """
+        rays = self._rays(camera)
+        active = field.active_levels(step)
+        samples = self._visible_samples(field, occupancy, rays, active, jitter_generator)
+        composited = self._composite(field, rays, samples, camera.light_positions, active, shading)
+        sky = background_op(
+            rays.directions, background.w1, background.w2, background.w3, backend=self.backend
+        )
+        return _images(composited, sky, rays, samples.n_samples)
+
+    def _rays(self, camera: Camera) -> Rays:
+        origins, directions = generate_rays(
+            camera.c2w, camera.fovy, camera.height, camera.width, backend=self.backend
+        )
+        return Rays(origins, directions, camera.batch_size, camera.height, camera.width)
+
+    @torch.no_grad()
+    def _visible_samples(
+        self,
+        field: Field,
+        occupancy: Occupancy,
+        rays: Rays,
+        active_levels: int,
+        jitter_generator: torch.Generator | None,
+    ) -> Samples:
+        """The samples that contribute, found without gradient."""
+        samples = march(
+            rays.origins,
+            rays.directions,
+            occupancy.binary,
+            self.radius,
+            self.step_size,
+            self.config.near,
+            self._jitter(rays, jitter_generator),
+            backend=self.backend,
+        )
+        params = field.params()
+        density = _in_chunks(
+            lambda x: (density_op(x, params, field.spec, active_levels, backend=self.backend),),
+            _positions(rays, samples),
+        )[0]
+        return prune(
+            samples,
+            density,
+            self.config.early_stop_eps,
+            min(self.config.alpha_threshold, occupancy.mean()),
+            backend=self.backend,
+        )
+
+    def _jitter(self, rays: Rays, generator: torch.Generator | None) -> Tensor | None:
+        """One offset [R] in [0, step) a ray, drawn on the generator's device."""
+        if generator is None:
+            return None
+        u = torch.rand(
+            rays.n_rays, generator=generator, device=generator.device, dtype=rays.origins.dtype
+        )
+        return u.to(rays.origins.device) * self.step_size
+
+    def _composite(
+        self,
+        field: Field,
+        rays: Rays,
+        samples: Samples,
+        lights: Tensor,  # [B, 3] scene units
+        active_levels: int,
+        shading: str,
+    ) -> Composited:
+        params = field.params()
+
+        def evaluate(x: Tensor) -> tuple[Tensor, ...]:
+            return field_op(x, params, field.spec, active_levels, backend=self.backend)
+
+        x = _positions(rays, samples)
+        # With gradient, chunks would save nothing: autograd keeps them all.
+        density, albedo, normal = (
+            evaluate(x) if torch.is_grad_enabled() else _in_chunks(evaluate, x)
+        )
+        view = samples.ray_indices // (rays.height * rays.width)
+        rgb = shade(albedo, normal, x, lights, view, shading, backend=self.backend)
+        return composite(density, rgb, normal, samples, rays.directions, backend=self.backend)
+
+
+def choose_shading(step: int, config: RenderConfig, generator: torch.Generator) -> str:
+    """The shading of a training step: "albedo" at first, later drawn (methods.md D, Shading)."""
+    if config.albedo_prob < 0 or config.textureless_prob < 0:
+        raise SDIFastError(
+            "render.albedo_prob, render.textureless_prob: expected numbers >= 0, "
+            f"got {config.albedo_prob}, {config.textureless_prob}"
+        )
+    if step < config.ambient_only_steps:
+        return "albedo"
+    u = float(torch.rand((), generator=generator, device=generator.device))
+    if u < config.albedo_prob:
+        return "albedo"
+    return "textureless" if u < config.albedo_prob + config.textureless_prob else "diffuse"
+
+
+def _positions(rays: Rays, samples: Samples) -> Tensor:
+    """Midpoints of the samples, [N, 3] in scene units."""
+    middle = 0.5 * (samples.t_starts + samples.t_ends)
+    ray = samples.ray_indices
+    return torch.addcmul(rays.origins[ray], rays.directions[ray], middle[:, None])
+
+
+def _in_chunks(
+    function: Callable[[Tensor], tuple[Tensor, ...]],
+    x: Tensor,  # [N, 3]
+) -> tuple[Tensor, ...]:
+    """function(x), a tuple of tensors over N, evaluated CHUNK_SAMPLES points at a time."""
+    if x.shape[0] <= CHUNK_SAMPLES:
+        return function(x)
+    parts = [function(chunk) for chunk in x.split(CHUNK_SAMPLES)]
+    return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
+
+
+def _images(
+    composited: Composited,
+    sky: Tensor,  # [R, 3] in [0, 1]
+    rays: Rays,
+    n_samples: int,
+) -> RenderOutput:
+    opacity = composited.opacity[:, None]
+    unit_normal = F.normalize(composited.normal_sum, dim=-1, eps=NORMALIZE_EPS)
+
+    def image(values: Tensor) -> Tensor:
+        return values.reshape(rays.batch_size, rays.height, rays.width, -1)
+
+    return RenderOutput(
+        comp_rgb=image(composited.rgb + (1.0 - opacity) * sky),
+        comp_rgb_fg=image(composited.rgb),
+        comp_rgb_bg=image(sky),
+        opacity=image(opacity),
+        depth=image(composited.depth),
+        z_variance=image(composited.z_variance),
+        comp_normal=image(opacity * (unit_normal + 1.0) / 2.0),
+        orient=image(composited.orient),
+        n_samples=n_samples,
+    )
