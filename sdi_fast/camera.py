@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -173,7 +174,7 @@ def _sample_elevation(bounds: Range, n: int, generator: torch.Generator) -> Tens
 
 
 def _map_tensors(camera: Camera, function: Callable[[Tensor], Tensor]) -> Camera:
-    changed = {
+    changed: dict[str, Any] = {
         f.name: function(getattr(camera, f.name))
         for f in dataclasses.fields(camera)
         if isinstance(getattr(camera, f.name), Tensor)

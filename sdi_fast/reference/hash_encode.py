@@ -28,7 +28,7 @@ def hash_encode(
     levels = []
     for level, entries in _active(table, spec, active_levels):
         index, offset = _corners(x, spec, level)
-        levels.append((_weights(offset)[..., None] * entries[index]).sum(dim=1))
+        levels.append(_mix(_weights(*_axis_weights(offset)), entries[index]))
     return _pad(levels, x, spec)
 
 
@@ -42,10 +42,13 @@ def hash_encode_with_jacobian(
     levels, jacobians = [], []
     for level, entries in _active(table, spec, active_levels):
         index, offset = _corners(x, spec, level)
-        values = entries[index]  # [N, 8, F]
-        levels.append((_weights(offset)[..., None] * values).sum(dim=1))
-        slopes = _weight_slopes(offset) * spec.scales[level]  # [N, 8, 3]
-        jacobians.append(torch.einsum("nkf,nkd->nfd", values, slopes))
+        values = entries[index]  # [8, N, F]
+        wx, wy, wz = _axis_weights(offset)
+        levels.append(_mix(_weights(wx, wy, wz), values))
+        slope = torch.stack([-torch.ones_like(wx[0]), torch.ones_like(wx[0])])
+        slope = slope * spec.scales[level]  # d(1 - o, o)/dx
+        parts = [(slope, wy, wz), (wx, slope, wz), (wx, wy, slope)]
+        jacobians.append(torch.stack([_mix(_weights(*p), values) for p in parts], dim=-1))
     return _pad(levels, x, spec), _pad(jacobians, x, spec)
 
 
@@ -65,45 +68,40 @@ def _pad(levels: list[Tensor], x: Tensor, spec: HashGridSpec) -> Tensor:
 
 
 def _corners(x: Tensor, spec: HashGridSpec, level: int) -> tuple[Tensor, Tensor]:
-    """Entries [N, 8] of the eight corners, and the position [N, 3] inside the cell.
+    """Entries [8, N] of the eight corners, and the position [N, 3] inside the cell.
 
-    Corner k is +1 along x, y, z where bits 0, 1, 2 of k are set.
+    Corner k is +1 along x, y, z where bits 0, 1, 2 of k are set. Corners come first so that the
+    innermost dimension is long.
     """
     position = x * spec.scales[level] + 0.5
     floor = position.detach().floor()
-    bits = (torch.arange(8, device=x.device)[:, None] >> torch.arange(3, device=x.device)) & 1
-    cx, cy, cz = (floor.long()[:, None, :] + bits).unbind(-1)  # [N, 8] each
-    size = spec.level_sizes[level]
+    low = floor.long().T[:, None, :]  # [3, 1, N]
+    both = torch.cat([low, low + 1], dim=1)  # [3, 2, N]
     if spec.level_is_dense[level]:
         resolution = spec.resolutions[level]
-        index = (cx + resolution * (cy + resolution * cz)) % size
+        strides = (1, resolution, resolution * resolution)
+    else:
+        strides = HASH_PRIMES
+    cx, cy, cz = (c * s for c, s in zip(both, strides, strict=True))
+    cx, cy, cz = cx[None, None, :], cy[None, :, None], cz[:, None, None]
+    if spec.level_is_dense[level]:
+        index = cx + cy + cz
     else:  # the low 32 bits of XORs and products do not depend on the higher ones
-        px, py, pz = HASH_PRIMES
-        index = (((cx * px) ^ (cy * py) ^ (cz * pz)) & _UINT32) % size
-    return index, position - floor
-
-
-def _weights(offset: Tensor) -> Tensor:
-    """Trilinear weights [N, 8] at offset [N, 3] in [0, 1)."""
-    x, y, z = _axis_weights(offset)
-    return (z[:, :, None, None] * y[:, None, :, None] * x[:, None, None, :]).flatten(1)
-
-
-def _weight_slopes(offset: Tensor) -> Tensor:
-    """Derivatives [N, 8, 3] of the trilinear weights by the offset."""
-    x, y, z = _axis_weights(offset)
-    slope = torch.tensor([-1.0, 1.0], dtype=offset.dtype, device=offset.device).expand_as(x)
-    parts = [(slope, y, z), (x, slope, z), (x, y, slope)]
-    return torch.stack(
-        [
-            (c[:, :, None, None] * b[:, None, :, None] * a[:, None, None, :]).flatten(1)
-            for a, b, c in parts
-        ],
-        dim=-1,
-    )
+        index = (cx ^ cy ^ cz) & _UINT32
+    return (index % spec.level_sizes[level]).flatten(0, 2), position - floor
 
 
 def _axis_weights(offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(1 - o, o) along each axis, [N, 2] each."""
-    both = torch.stack([1.0 - offset, offset], dim=-1)  # [N, 3, 2]
-    return both[:, 0], both[:, 1], both[:, 2]
+    """(1 - o, o) along each axis, [2, N] each, at offset [N, 3] in [0, 1)."""
+    x, y, z = torch.stack([1.0 - offset.T, offset.T], dim=1)  # [3, 2, N]
+    return x, y, z
+
+
+def _weights(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """Products [8, N] of the axes' weights [2, N], in the corners' order."""
+    return (z[:, None, None] * y[None, :, None] * x[None, None, :]).flatten(0, 2)
+
+
+def _mix(weights: Tensor, values: Tensor) -> Tensor:
+    """Sum over the corners: [8, N], [8, N, F] -> [N, F]."""
+    return (weights[..., None] * values).sum(dim=0)

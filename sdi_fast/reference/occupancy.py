@@ -19,9 +19,7 @@ def update_occupancy(
     A cell given more than once decays once and takes its largest value, so that the result does
     not depend on the order of `cells`. The mean is over all cells.
     """
-    largest = torch.zeros_like(occs).index_reduce_(
-        0, cells, values.to(occs.dtype), "amax", include_self=True
-    )
+    largest = torch.zeros_like(occs).scatter_reduce_(0, cells, values.to(occs.dtype), "amax")
     touched = torch.zeros_like(occs, dtype=torch.bool)
     touched[cells] = True
     occs.copy_(torch.where(touched, torch.maximum(decay * occs, largest), occs))
