@@ -1,0 +1,306 @@
+// The Python module sdi_fast._C: the only file that knows Python. Torch-free: arrays come as
+// addresses (integers), streams too. Every op returns a Status; the callers in sdi_fast/ops check
+// shapes, types and contiguity beforehand.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __linux__
+#include <dlfcn.h>
+#endif
+
+#define SDI_ISA baseline
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// An address from Python, usable wherever a pointer is expected.
+struct Address {
+  uintptr_t value;
+  template <class T>
+  operator T*() const {
+    return reinterpret_cast<T*>(value);
+  }
+};
+
+}  // namespace
+
+namespace pybind11::detail {
+template <>
+struct type_caster<Address> {
+  PYBIND11_TYPE_CASTER(Address, const_name("int"));
+  bool load(handle source, bool) {
+    if (!PyLong_Check(source.ptr())) return false;
+    value.value = reinterpret_cast<uintptr_t>(PyLong_AsVoidPtr(source.ptr()));
+    if (PyErr_Occurred()) {
+      PyErr_Clear();
+      return false;
+    }
+    return true;
+  }
+};
+}  // namespace pybind11::detail
+
+namespace {
+
+using namespace sdi;
+
+// Runs call(T()) with T = double or float, without the interpreter's lock.
+template <class Call>
+int with_type(bool is_double, Call&& call) {
+  const py::gil_scoped_release unlocked;
+  return is_double ? call(double()) : call(float());
+}
+
+#define SDI_RUN(name, Args, ...)                                 \
+  with_type(is_double, [&](auto zero) {                          \
+    using T = decltype(zero);                                    \
+    return cpu_kernels<T>().name(Args<T>{__VA_ARGS__}, threads); \
+  })
+
+GridSpec make_grid(int n_features, const std::vector<double>& scales,
+                   const std::vector<int64_t>& resolutions, const std::vector<int64_t>& offsets,
+                   const std::vector<bool>& is_dense) {
+  const size_t n = scales.size();
+  if (n > kMaxLevels || resolutions.size() != n || is_dense.size() != n ||
+      offsets.size() != n + 1 || n_features < 1 ||
+      n * static_cast<size_t>(n_features) > kMaxInputs) {
+    throw py::value_error("grid: at most 32 levels and 128 features, and lists that fit");
+  }
+  GridSpec grid{};
+  grid.n_levels = static_cast<int32_t>(n);
+  grid.n_features = n_features;
+  for (size_t i = 0; i < n; ++i) {
+    grid.scale[i] = scales[i];
+    grid.resolution[i] = resolutions[i];
+    grid.is_dense[i] = is_dense[i];
+  }
+  for (size_t i = 0; i <= n; ++i) grid.offset[i] = offsets[i];
+  return grid;
+}
+
+FieldSpec make_field(const GridSpec& grid, double radius, double blob_scale, double blob_std,
+                     int hidden, int active_levels) {
+  if (hidden < 1 || hidden > kMaxHidden || active_levels < 0 || active_levels > grid.n_levels) {
+    throw py::value_error("field: hidden in 1 to 256, active_levels in 0 to n_levels");
+  }
+  return FieldSpec{grid, radius, blob_scale, blob_std, hidden, active_levels};
+}
+
+std::string openmp_runtime() {
+#if defined(_OPENMP) && defined(__linux__)
+  Dl_info info;
+  if (dladdr(reinterpret_cast<void*>(&omp_get_max_threads), &info) && info.dli_fname) {
+    return info.dli_fname;
+  }
+#endif
+  return "";
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = SDI_FAST_VERSION;
+  info["compiler"] = SDI_FAST_COMPILER;
+#ifdef _OPENMP
+  info["openmp"] = _OPENMP;
+#else
+  info["openmp"] = 0;
+#endif
+  info["openmp_runtime"] = openmp_runtime();
+  info["cpu_isa"] = cpu_isa();
+#ifdef SDI_FAST_WITH_CUDA
+  info["cuda_archs"] = SDI_FAST_CUDA_ARCHS;
+  info["nvcc"] = SDI_FAST_NVCC;
+#else
+  info["cuda_archs"] = "";
+  info["nvcc"] = "";
+#endif
+  return info;
+}
+
+void bind_field(py::module_& m) {
+  m.def("hash_encode_fwd", [](bool is_double, const GridSpec& grid, int active_levels, int64_t n,
+                              Address x, Address table, Address features, int threads) {
+    return SDI_RUN(hash_encode_fwd, HashEncodeFwdArgs, x, table, features, n, active_levels, grid);
+  });
+  m.def("hash_encode_bwd",
+        [](bool is_double, const GridSpec& grid, int active_levels, int64_t n, Address x,
+           Address table, Address grad_features, Address grad_table, Address grad_x, int threads) {
+          return SDI_RUN(hash_encode_bwd, HashEncodeBwdArgs, x, table, grad_features, grad_table,
+                         grad_x, n, active_levels, grid);
+        });
+  m.def("density", [](bool is_double, const FieldSpec& spec, int64_t n, Address x, Address table,
+                      Address density_w1, Address density_w2, Address color_w1, Address color_w2,
+                      Address density, int threads) {
+    return SDI_RUN(density, DensityArgs, x, {table, density_w1, density_w2, color_w1, color_w2},
+                   density, n, spec);
+  });
+  m.def("field_fwd", [](bool is_double, const FieldSpec& spec, int64_t n, Address x, Address table,
+                        Address density_w1, Address density_w2, Address color_w1, Address color_w2,
+                        Address density, Address albedo, Address normal, int threads) {
+    return SDI_RUN(field_fwd, FieldFwdArgs, x, {table, density_w1, density_w2, color_w1, color_w2},
+                   density, albedo, normal, n, spec);
+  });
+  m.def("field_bwd", [](bool is_double, const FieldSpec& spec, int64_t n, Address x, Address table,
+                        Address density_w1, Address density_w2, Address color_w1, Address color_w2,
+                        Address grad_density, Address grad_albedo, Address grad_normal,
+                        Address grad_table, Address grad_density_w1, Address grad_density_w2,
+                        Address grad_color_w1, Address grad_color_w2, int threads) {
+    return SDI_RUN(field_bwd, FieldBwdArgs, x, {table, density_w1, density_w2, color_w1, color_w2},
+                   grad_density, grad_albedo, grad_normal, grad_table, grad_density_w1,
+                   grad_density_w2, grad_color_w1, grad_color_w2, n, spec);
+  });
+}
+
+void bind_samples(py::module_& m) {
+  const auto bind_march = [&m](const char* name, bool is_fill) {
+    m.def(name, [is_fill](bool is_double, int64_t n_rays, Address origins, Address directions,
+                          Address jitter, Address occupancy, int resolution, double radius,
+                          double step_size, double near, Address counts, Address first_sample,
+                          Address ray_indices, Address t_starts, Address t_ends, int threads) {
+      return with_type(is_double, [&](auto zero) {
+        using T = decltype(zero);
+        const MarchArgs<T> args{origins,      directions,  jitter,    occupancy, counts,
+                                first_sample, ray_indices, t_starts,  t_ends,    n_rays,
+                                resolution,   radius,      step_size, near};
+        const CpuKernels<T>& kernels = cpu_kernels<T>();
+        return is_fill ? kernels.march_fill(args, threads) : kernels.march_count(args, threads);
+      });
+    });
+  };
+  bind_march("march_count", false);
+  bind_march("march_fill", true);
+  const auto bind_prune = [&m](const char* name, bool is_fill) {
+    m.def(name, [is_fill](bool is_double, int64_t n, int64_t n_rays, Address density,
+                          Address t_starts, Address t_ends, Address packed_info, Address keep,
+                          Address counts, Address first_sample, Address ray_indices_out,
+                          Address t_starts_out, Address t_ends_out, double early_stop_eps,
+                          double alpha_threshold, int threads) {
+      return with_type(is_double, [&](auto zero) {
+        using T = decltype(zero);
+        const PruneArgs<T> args{density, t_starts,     t_ends,          packed_info,    keep,
+                                counts,  first_sample, ray_indices_out, t_starts_out,   t_ends_out,
+                                n,       n_rays,       early_stop_eps,  alpha_threshold};
+        const CpuKernels<T>& kernels = cpu_kernels<T>();
+        return is_fill ? kernels.prune_fill(args, threads) : kernels.prune_count(args, threads);
+      });
+    });
+  };
+  bind_prune("prune_count", false);
+  bind_prune("prune_fill", true);
+  m.def("occupancy_update",
+        [](bool is_double, int64_t n_cells, int64_t m, Address occs, Address cells, Address values,
+           Address occupied, double decay, double threshold, int threads) {
+          return SDI_RUN(occupancy_update, OccupancyArgs, occs, cells, values, occupied, n_cells, m,
+                         decay, threshold);
+        });
+}
+
+void bind_image(py::module_& m) {
+  m.def("shade_fwd",
+        [](bool is_double, int shading, int64_t n, int64_t n_views, Address albedo, Address normal,
+           Address x, Address lights, Address views, Address rgb, int threads) {
+          return SDI_RUN(shade_fwd, ShadeArgs, albedo, normal, x, lights, views, rgb, nullptr,
+                         nullptr, nullptr, n, n_views, shading);
+        });
+  m.def("shade_bwd", [](bool is_double, int shading, int64_t n, int64_t n_views, Address albedo,
+                        Address normal, Address x, Address lights, Address views, Address grad_rgb,
+                        Address grad_albedo, Address grad_normal, int threads) {
+    return SDI_RUN(shade_bwd, ShadeArgs, albedo, normal, x, lights, views, nullptr, grad_rgb,
+                   grad_albedo, grad_normal, n, n_views, shading);
+  });
+  m.def("composite_fwd",
+        [](bool is_double, int64_t n, int64_t n_rays, Address density, Address rgb, Address normal,
+           Address t_starts, Address t_ends, Address packed_info, Address directions,
+           Address rgb_sum, Address opacity, Address depth, Address normal_sum, Address z_variance,
+           Address orient, Address weights, int threads) {
+          return SDI_RUN(composite_fwd, CompositeFwdArgs, density, rgb, normal, t_starts, t_ends,
+                         packed_info, directions, rgb_sum, opacity, depth, normal_sum, z_variance,
+                         orient, weights, n, n_rays);
+        });
+  m.def("composite_bwd",
+        [](bool is_double, int64_t n, int64_t n_rays, Address density, Address rgb, Address normal,
+           Address t_starts, Address t_ends, Address packed_info, Address directions,
+           Address weights, Address opacity, Address depth, Address z_variance,
+           Address grad_rgb_sum, Address grad_opacity, Address grad_depth, Address grad_normal_sum,
+           Address grad_z_variance, Address grad_orient, Address grad_density, Address grad_rgb,
+           Address grad_normal, int threads) {
+          return SDI_RUN(composite_bwd, CompositeBwdArgs, density, rgb, normal, t_starts, t_ends,
+                         packed_info, directions, weights, opacity, depth, z_variance, grad_rgb_sum,
+                         grad_opacity, grad_depth, grad_normal_sum, grad_z_variance, grad_orient,
+                         grad_density, grad_rgb, grad_normal, n, n_rays);
+        });
+  m.def("background_fwd", [](bool is_double, int64_t n, Address directions, Address w1, Address w2,
+                             Address w3, Address rgb, int threads) {
+    return SDI_RUN(background_fwd, BackgroundArgs, directions, w1, w2, w3, rgb, nullptr, nullptr,
+                   nullptr, n);
+  });
+  m.def("background_bwd", [](bool is_double, int64_t n, Address directions, Address w1, Address w2,
+                             Address w3, Address grad_rgb, Address grad_weights, int threads) {
+    return SDI_RUN(background_bwd, BackgroundArgs, directions, w1, w2, w3, nullptr, grad_rgb,
+                   grad_weights, nullptr, n);
+  });
+  m.def("convexity_fwd", [](bool is_double, int64_t batch, int64_t height, int64_t width,
+                            Address normals, Address loss, int threads) {
+    return SDI_RUN(convexity_fwd, ConvexityArgs, normals, loss, nullptr, nullptr, batch, height,
+                   width);
+  });
+  m.def("convexity_bwd", [](bool is_double, int64_t batch, int64_t height, int64_t width,
+                            Address normals, Address grad_loss, Address grad_normals, int threads) {
+    return SDI_RUN(convexity_bwd, ConvexityArgs, normals, nullptr, grad_loss, grad_normals, batch,
+                   height, width);
+  });
+}
+
+#ifdef SDI_FAST_WITH_CUDA
+void bind_cuda(py::module_& m) {
+  m.def("background_fwd_cuda", [](bool is_double, int64_t n, Address directions, Address w1,
+                                  Address w2, Address w3, Address rgb, Address stream) {
+    return with_type(is_double, [&](auto zero) {
+      using T = decltype(zero);
+      const BackgroundArgs<T> args{directions, w1, w2, w3, rgb, nullptr, nullptr, nullptr, n};
+      return cuda::launch_background_fwd<T>(args, stream);
+    });
+  });
+  m.def("background_bwd_cuda",
+        [](bool is_double, int64_t n, Address directions, Address w1, Address w2, Address w3,
+           Address grad_rgb, Address grad_weights, Address workspace, Address stream) {
+          return with_type(is_double, [&](auto zero) {
+            using T = decltype(zero);
+            const BackgroundArgs<T> args{directions, w1,           w2,        w3, nullptr,
+                                         grad_rgb,   grad_weights, workspace, n};
+            return cuda::launch_background_bwd<T>(args, stream);
+          });
+        });
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Torch-free kernels of sdi_fast; use them through sdi_fast.ops.";
+  m.def("build_info", &build_info);
+  py::class_<GridSpec>(m, "GridSpec").def(py::init(&make_grid));
+  py::class_<FieldSpec>(m, "FieldSpec").def(py::init(&make_field));
+  m.attr("BACKGROUND_WEIGHTS") = kBackgroundWeights;
+  m.attr("BACKGROUND_MAX_BLOCKS") = kBackgroundMaxBlocks;
+  bind_field(m);
+  bind_samples(m);
+  bind_image(m);
+  m.def("adam_step", [](bool is_double, int64_t n, Address param, Address grad, Address exp_avg,
+                        Address exp_avg_sq, int64_t step, double lr, double beta1, double beta2,
+                        double eps, int threads) {
+    return SDI_RUN(adam_step, AdamArgs, param, grad, exp_avg, exp_avg_sq, n, step, lr, beta1, beta2,
+                   eps);
+  });
+#ifdef SDI_FAST_WITH_CUDA
+  bind_cuda(m);
+#endif
+}

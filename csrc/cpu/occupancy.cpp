@@ -1,0 +1,37 @@
+// The occupancy grid's update on the CPU (methods.md D, Marching).
+// Twin: sdi_fast/reference/occupancy.py.
+//
+// Serial: 32768 cells. A cell given more than once decays once and takes its largest value. The
+// mean is in double. Bytes per cell: 4 to 8 read and written, 1 written.
+#include "dispatch.h"
+#include "parallel.h"
+#include "ranges.h"
+
+namespace sdi {
+namespace SDI_ISA {
+
+template <class T>
+int launch_occupancy_update(const OccupancyArgs<T>& a, int) {
+  if (!indices_fit(a.cells, a.m, a.n_cells)) return kBadArgument;
+  Buffer<uint8_t> touched(a.n_cells);
+  if (!touched.ok()) return kOutOfMemory;
+  for (int64_t i = 0; i < a.n_cells; ++i) touched.get()[i] = 0;
+  const T decay = static_cast<T>(a.decay);
+  for (int64_t j = 0; j < a.m; ++j) {
+    T& cell = a.occs[a.cells[j]];
+    if (!touched.get()[a.cells[j]]) cell *= decay;
+    touched.get()[a.cells[j]] = 1;
+    cell = a.values[j] <= cell ? cell : a.values[j];  // NaN goes in, and shows
+  }
+  double sum = 0;
+  for (int64_t i = 0; i < a.n_cells; ++i) sum += a.occs[i];
+  const T mean = static_cast<T>(sum / static_cast<double>(a.n_cells));
+  const T limit = static_cast<T>(a.threshold) < mean ? static_cast<T>(a.threshold) : mean;
+  for (int64_t i = 0; i < a.n_cells; ++i) a.occupied[i] = a.occs[i] > limit;
+  return kOk;
+}
+
+SDI_INSTANTIATE(occupancy_update, OccupancyArgs)
+
+}  // namespace SDI_ISA
+}  // namespace sdi
