@@ -46,6 +46,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    """Torch's default generator in the same state at every test's start, whatever ran before."""
+    torch.manual_seed(0)
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Relative L2 error in f64; the norm itself where `expected` is zero."""
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} != {tuple(expected.shape)}"
