@@ -31,7 +31,7 @@ class _ScaleGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         largest = grad.detach().abs().amax().float()
         usable = torch.isfinite(largest) & (largest > 0)
         factor = torch.exp2(-torch.log2(largest.clamp(min=1e-30)).round())
@@ -48,7 +48,7 @@ class _UnscaleGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad / ctx.scale, None
 
 

@@ -229,8 +229,8 @@ class TextEncoder:
         if longest > self.n_tokens and not self._warned:
             self._warned = True
             warnings.warn(
-                f"the prompt has {longest} tokens with its view; the text encoder reads "
-                f"{self.n_tokens} and the rest, the view's name first of all, is ignored",
+                f"the prompt with its view has {longest} tokens; the text encoder reads the first "
+                f"{self.n_tokens} and ignores the rest, the view included",
                 stacklevel=3,
             )
         ids = self.tokenizer(

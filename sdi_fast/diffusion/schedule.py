@@ -94,7 +94,7 @@ class DDIMSchedule:
         kwargs = {key: value for key, value in config.items() if key in known}
         prediction_type = kwargs.pop("prediction_type", "epsilon")
         try:
-            scheduler = DDIMScheduler(**kwargs)
+            scheduler: Any = DDIMScheduler(**kwargs)
         except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
             raise SDIFastError(
                 f"scheduler: expected a config that DDIM can read, got {str(error).splitlines()[0]}"
