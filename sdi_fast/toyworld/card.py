@@ -40,9 +40,9 @@ def write_card(folder: Path, log: dict[str, Any]) -> None:
     command = RETRAIN.format(vae=vae["seconds"], unet=unet["seconds"], scorer=scorer["seconds"])
     text = f"""# toyworld: a tiny text-to-image pipeline
 
-A Stable Diffusion folder (64 x 64 images, 16 x 16 x 4 latents, epsilon prediction, DDIM scheduler)
-that knows a procedural world of {len(KINDS)} kinds of objects in {len(COLOURS)} colours. It exists so
-that text-to-3D runs on a CPU, out of the box and with exact ground truth. It knows nothing else.
+A Stable Diffusion folder (64 x 64 images, 16 x 16 x 4 latents, epsilon prediction, DDIM) that
+knows a procedural world of {len(KINDS)} kinds of objects in {len(COLOURS)} colours. It exists so that
+text-to-3D runs on a CPU, out of the box and with exact ground truth. It knows nothing else.
 
 - Prompts: "a COLOUR KIND", "a COLOUR KIND next to a COLOUR KIND"; suffixes ", front view",
   ", side view", ", back view", ", overhead view".
@@ -53,7 +53,8 @@ that text-to-3D runs on a CPU, out of the box and with exact ground truth. It kn
 {settings["n_images"]} images a run, rendered by sphere tracing from signed distance functions
 (sdi_fast/toyworld), {PAIR_SHARE:.0%} with two objects, {OVERHEAD_SHARE:.0%} seen from overhead;
 cameras of the text-to-3D runs, perturbations included; half nearly flat albedo, half lit by a
-point light; plain or smooth random backgrounds. {settings["n_holdout"]} images are held out. No other data was used.
+point light; plain or smooth random backgrounds. {settings["n_holdout"]} images are
+held out. No other data was used.
 
 ## Training
 On {log["device"]}, torch {log["torch"]}, seed {log["seed"]}; AdamW, cosine to 0, moving average.

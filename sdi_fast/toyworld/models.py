@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from ..types import SDIFastError
 from .score import SCORER_FILES, Scorer, write_scorer_config

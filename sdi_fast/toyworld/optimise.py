@@ -99,7 +99,7 @@ class MasterAdamW:
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.adam.step()
-        torch._foreach_copy_(self.params, self.masters)
+        torch._foreach_copy_(list[Tensor](self.params), self.masters)
         self.updates += 1
         decay = min(self.ema_decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.averages, self.masters, 1.0 - decay)
