@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import SDIFastError
+from ..types import FieldSpec, HashGridSpec, SDIFastError
 
 _HOW_TO_BUILD = "run `pip install .` in the source folder (needs a C++17 compiler)"
 
@@ -96,3 +96,66 @@ def resolve_backend(op: str, tensor: Tensor, backend: str, native: tuple[str, ..
 def n_threads() -> int:
     """Threads of a CPU op: torch's own setting, so that the two never oversubscribe."""
     return torch.get_num_threads()
+
+
+def call(op: str, tensor: Tensor, *args: Any, indices: str = "") -> None:
+    """Run the extension's CPU launcher `op` in `tensor`'s precision; tensors pass as addresses.
+
+    `indices` names the argument whose entries the launcher checks against their array.
+    """
+    is_double = tensor.dtype == torch.float64
+    raw = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
+    check_status(op, getattr(extension(), op)(is_double, *raw, n_threads()), indices)
+
+
+def check_status(op: str, status: int, indices: str = "") -> None:
+    """Raise what a launcher's status (csrc/status.h) stands for."""
+    if status == 0:
+        return
+    if status == 1:
+        raise SDIFastError(f"{indices}: expected indices inside their array, got one outside")
+    reason = {2: "out of memory", 3: "the CUDA launch failed"}.get(status, f"status {status}")
+    raise RuntimeError(f"{op}: {reason}")
+
+
+GridNumbers = tuple[float, ...]  # a HashGridSpec's or FieldSpec's members, as custom ops take them
+
+
+def grid_numbers(spec: HashGridSpec) -> GridNumbers:
+    return (
+        float(spec.n_levels),
+        float(spec.n_features),
+        float(spec.log2_hashmap_size),
+        float(spec.base_resolution),
+        float(spec.per_level_scale),
+    )
+
+
+def field_numbers(spec: FieldSpec) -> GridNumbers:
+    return (
+        *grid_numbers(spec.grid),
+        float(spec.radius),
+        float(spec.blob_scale),
+        float(spec.blob_std),
+        float(spec.hidden),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def native_grid(numbers: GridNumbers) -> Any:
+    """The extension's GridSpec of `grid_numbers(spec)`."""
+    spec = HashGridSpec(*(int(n) for n in numbers[:4]), per_level_scale=numbers[4])
+    return extension().GridSpec(
+        spec.n_features,
+        list(spec.scales),
+        list(spec.resolutions),
+        list(spec.level_offsets),
+        list(spec.level_is_dense),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def native_field(numbers: GridNumbers, active_levels: int) -> Any:
+    """The extension's FieldSpec of `field_numbers(spec)`."""
+    grid = native_grid(numbers[:5])
+    return extension().FieldSpec(grid, *numbers[5:8], int(numbers[8]), active_levels)

@@ -1,12 +1,18 @@
-"""The environment map: spherical harmonics of degree 3 and an MLP (methods.md D, Background)."""
+"""The environment map: spherical harmonics and an MLP (methods.md D, Background).
+
+Kernels: csrc/cpu/background.cpp, csrc/cuda/background.cu; the backward recomputes the forward.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from ..reference.background import background as background_reference
 from ._checks import check_tensor
-from ._native import resolve_backend
+from ._native import call, check_status, extension, resolve_backend
 
 
 def background(
@@ -22,5 +28,69 @@ def background(
     check_tensor("w1", w1, (16, 9), like=directions)
     check_tensor("w2", w2, (16, 16), like=directions)
     check_tensor("w3", w3, (3, 16), like=directions)
-    resolve_backend("background", directions, backend, ())
-    return background_reference(directions, w1, w2, w3)
+    if resolve_backend("background", directions, backend, ("cpu", "cuda")) == "reference":
+        return background_reference(directions, w1, w2, w3)
+    return _forward(directions.detach(), w1, w2, w3)
+
+
+@torch.library.custom_op(
+    "sdi_fast::background_fwd",
+    mutates_args=(),
+    schema="(Tensor directions, Tensor w1, Tensor w2, Tensor w3) -> Tensor",
+)
+def _forward(*args: Tensor) -> Tensor:
+    directions, w1, w2, w3 = (t.contiguous() for t in args)
+    rgb = torch.empty_like(directions)
+    _launch("background_fwd", directions, w1, w2, w3, rgb)
+    return rgb
+
+
+@torch.library.custom_op(
+    "sdi_fast::background_bwd",
+    mutates_args=(),
+    schema="(Tensor directions, Tensor w1, Tensor w2, Tensor w3, Tensor grad)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def _backward(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the three weights."""
+    directions, w1, w2, w3, grad = (t.contiguous() for t in args)
+    n_weights, n_rows = extension().BACKGROUND_WEIGHTS, extension().BACKGROUND_MAX_BLOCKS
+    flat = directions.new_empty(n_weights)
+    extra = (directions.new_empty(n_rows, n_weights),) if directions.is_cuda else ()
+    _launch("background_bwd", directions, w1, w2, w3, grad, flat, *extra)
+    grads = flat.split([w1.numel(), w2.numel(), w3.numel()])
+    return grads[0].view_as(w1).clone(), grads[1].view_as(w2).clone(), grads[2].view_as(w3).clone()
+
+
+def _launch(op: str, directions: Tensor, *args: Tensor) -> None:
+    n = directions.shape[0]
+    if not directions.is_cuda:
+        call(op, directions, n, directions, *args)
+        return
+    with torch.cuda.device(directions.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        addresses = [t.data_ptr() for t in (directions, *args)]
+        is_double = directions.dtype == torch.float64
+        check_status(op, getattr(extension(), op + "_cuda")(is_double, n, *addresses, stream))
+
+
+@_forward.register_fake
+def _(*args: Tensor) -> Tensor:
+    return args[0].new_empty(args[0].shape)
+
+
+@_backward.register_fake
+def _(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    w1, w2, w3 = (w.new_empty(w.shape) for w in args[1:4])
+    return w1, w2, w3
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return None, *_backward(*ctx.saved_tensors, grad)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

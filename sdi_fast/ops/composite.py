@@ -1,13 +1,16 @@
-"""Volume rendering sums along rays (methods.md D, Compositing)."""
+"""Volume rendering sums along rays (methods.md D, Compositing). Kernel: csrc/cpu/composite.cpp."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from ..reference.composite import composite as composite_reference
 from ..types import Composited, Samples
 from ._checks import check_samples, check_tensor
-from ._native import resolve_backend
+from ._native import call, resolve_backend
 
 
 def composite(
@@ -25,5 +28,86 @@ def composite(
     check_tensor("rgb", rgb, (samples.n_samples, 3), like=density)
     check_tensor("normal", normal, (samples.n_samples, 3), like=density)
     check_tensor("directions", directions, (samples.packed_info.shape[0], 3), like=density)
-    resolve_backend("composite", density, backend, ())
-    return composite_reference(density, rgb, normal, samples, directions)
+    if resolve_backend("composite", density, backend, ("cpu",)) == "reference":
+        return composite_reference(density, rgb, normal, samples, directions)
+    *sums, weights = _forward(
+        density,
+        rgb,
+        normal,
+        samples.t_starts,
+        samples.t_ends,
+        samples.packed_info,
+        directions.detach(),
+    )
+    return Composited(*sums, weights=weights.detach())
+
+
+_INPUTS = (
+    "(Tensor density, Tensor rgb, Tensor normal, Tensor t_starts, Tensor t_ends, "
+    "Tensor packed_info, Tensor directions{})"
+)
+_SAVED = ", Tensor weights, Tensor opacity, Tensor depth, Tensor z_variance"
+_GRADS = (
+    ", Tensor grad_rgb_sum, Tensor grad_opacity, Tensor grad_depth, Tensor grad_normal_sum, "
+    "Tensor grad_z_variance, Tensor grad_orient"
+)
+
+
+@torch.library.custom_op(
+    "sdi_fast::composite_fwd",
+    mutates_args=(),
+    schema=_INPUTS.format("") + " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(*args: Tensor) -> tuple[Tensor, ...]:
+    """rgb, opacity, depth, normal_sum, z_variance, orient, weights, as in Composited."""
+    given = [t.contiguous() for t in args]
+    density, n_rays = given[0], given[6].shape[0]
+    sums = _empty_sums(density, n_rays)
+    weights = torch.zeros_like(density)
+    sizes = (density.shape[0], n_rays)
+    call("composite_fwd", density, *sizes, *given, *sums, weights, indices="samples.packed_info")
+    return (*sums, weights)
+
+
+@torch.library.custom_op(
+    "sdi_fast::composite_bwd",
+    mutates_args=(),
+    schema=_INPUTS.format(_SAVED + _GRADS) + " -> (Tensor, Tensor, Tensor)",
+)
+def _backward(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of density, rgb and normal."""
+    given = [t.contiguous() for t in args]
+    grads = tuple(torch.zeros_like(t) for t in given[:3])
+    sizes = (given[0].shape[0], given[6].shape[0])
+    call("composite_bwd", given[0], *sizes, *given, *grads, indices="samples.packed_info")
+    return grads[0], grads[1], grads[2]
+
+
+def _empty_sums(density: Tensor, n_rays: int) -> tuple[Tensor, ...]:
+    shapes = ((n_rays, 3), (n_rays,), (n_rays,), (n_rays, 3), (n_rays,), (n_rays,))
+    return tuple(density.new_empty(shape) for shape in shapes)
+
+
+@_forward.register_fake
+def _(*args: Tensor) -> tuple[Tensor, ...]:
+    density, directions = args[0], args[6]
+    return (*_empty_sums(density, directions.shape[0]), density.new_empty(density.shape))
+
+
+@_backward.register_fake
+def _(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    density, rgb, normal = (t.new_empty(t.shape) for t in args[:3])
+    return density, rgb, normal
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, opacity, depth, _, z_variance, _, weights = output
+    ctx.save_for_backward(*inputs, weights, opacity, depth, z_variance)
+
+
+def _autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    # the last cotangent, of weights, is not passed on: they are for inspection
+    return *_backward(*ctx.saved_tensors, *grads[:6]), None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,4 +1,7 @@
-"""Marching through the occupancy grid (methods.md D, Marching)."""
+"""Marching through the occupancy grid (methods.md D, Marching). Kernel: csrc/cpu/march.cpp.
+
+The number of samples depends on the data, so that the C++ path is a custom op with a dynamic size.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from torch import Tensor
 from ..reference.march import march as march_reference
 from ..types import Samples, SDIFastError
 from ._checks import check_positive, check_tensor
-from ._native import resolve_backend
+from ._native import call, resolve_backend
 
 
 def march(
@@ -38,5 +41,62 @@ def march(
     check_positive("near", near, zero_ok=True)
     if jitter is not None:
         check_tensor("jitter", jitter, (origins.shape[0],), like=origins)
-    resolve_backend("march", origins, backend, ())
-    return march_reference(origins, directions, occupancy, radius, step_size, near, jitter)
+    if resolve_backend("march", origins, backend, ("cpu",)) == "reference":
+        return march_reference(origins, directions, occupancy, radius, step_size, near, jitter)
+    with torch.no_grad():
+        return Samples(
+            *_march(
+                origins, directions, occupancy, jitter, float(radius), float(step_size), float(near)
+            )
+        )
+
+
+@torch.library.custom_op(
+    "sdi_fast::march",
+    mutates_args=(),
+    schema="(Tensor origins, Tensor directions, Tensor occupancy, Tensor? jitter, float radius, "
+    "float step_size, float near) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _march(
+    origins: Tensor,
+    directions: Tensor,
+    occupancy: Tensor,
+    jitter: Tensor | None,
+    radius: float,
+    step_size: float,
+    near: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ray_indices [N], t_starts [N], t_ends [N], packed_info [R, 2]."""
+    origins, directions = origins.contiguous(), directions.contiguous()
+    occupancy = occupancy.contiguous()
+    offsets = 0 if jitter is None else jitter.contiguous()
+    n_rays = origins.shape[0]
+    counts = torch.empty(n_rays, dtype=torch.int64)
+    scene = (n_rays, origins, directions, offsets, occupancy, occupancy.shape[0])
+    lengths = (radius, step_size, near)
+    call("march_count", origins, *scene, *lengths, counts, 0, 0, 0, 0)
+    first = counts.cumsum(0) - counts
+    n = int(counts.sum())
+    ray_indices = torch.empty(n, dtype=torch.int64)
+    t_starts, t_ends = origins.new_empty(n), origins.new_empty(n)
+    call("march_fill", origins, *scene, *lengths, 0, first, ray_indices, t_starts, t_ends)
+    return ray_indices, t_starts, t_ends, torch.stack([first, counts], dim=-1)
+
+
+@_march.register_fake
+def _(
+    origins: Tensor,
+    directions: Tensor,
+    occupancy: Tensor,
+    jitter: Tensor | None,
+    radius: float,
+    step_size: float,
+    near: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = torch.library.get_ctx().new_dynamic_size()
+    return (
+        origins.new_empty(n, dtype=torch.int64),
+        origins.new_empty(n),
+        origins.new_empty(n),
+        origins.new_empty((origins.shape[0], 2), dtype=torch.int64),
+    )

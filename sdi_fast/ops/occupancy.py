@@ -1,4 +1,4 @@
-"""The occupancy grid's update (methods.md D, Marching)."""
+"""The occupancy grid's update (methods.md D, Marching). Kernel: csrc/cpu/occupancy.cpp."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from ..reference.occupancy import update_occupancy as update_occupancy_reference
 from ..types import SDIFastError
 from ._checks import check_positive, check_tensor
-from ._native import resolve_backend
+from ._native import call, resolve_backend
 
 
 def update_occupancy(
@@ -34,5 +34,31 @@ def update_occupancy(
     check_tensor("values", values, (cells.shape[0],), like=occs)
     check_positive("decay", decay, zero_ok=True)
     check_positive("threshold", threshold, zero_ok=True)
-    resolve_backend("update_occupancy", occs, backend, ())
-    return update_occupancy_reference(occs, cells, values, decay, threshold)
+    if resolve_backend("update_occupancy", occs, backend, ("cpu",)) == "reference":
+        return update_occupancy_reference(occs, cells, values, decay, threshold)
+    with torch.no_grad():
+        return _update(occs, cells, values, side, float(decay), float(threshold))
+
+
+@torch.library.custom_op(
+    "sdi_fast::update_occupancy",
+    mutates_args=("occs",),
+    schema="(Tensor(a!) occs, Tensor cells, Tensor values, int side, float decay, float threshold)"
+    " -> Tensor",
+)
+def _update(
+    occs: Tensor, cells: Tensor, values: Tensor, side: int, decay: float, threshold: float
+) -> Tensor:
+    cells, values = cells.contiguous(), values.contiguous()
+    occupied = torch.empty((side, side, side), dtype=torch.bool)
+    sizes = (occs.numel(), cells.numel())
+    arrays = (occs, cells, values, occupied)
+    call("occupancy_update", occs, *sizes, *arrays, decay, threshold, indices="cells")
+    return occupied
+
+
+@_update.register_fake
+def _(
+    occs: Tensor, cells: Tensor, values: Tensor, side: int, decay: float, threshold: float
+) -> Tensor:
+    return occs.new_empty((side, side, side), dtype=torch.bool)
