@@ -41,8 +41,8 @@ def write_card(folder: Path, log: dict[str, Any]) -> None:
     text = f"""# toyworld: a tiny text-to-image pipeline
 
 A Stable Diffusion folder (64 x 64 images, 16 x 16 x 4 latents, epsilon prediction, DDIM) that
-knows a procedural world of {len(KINDS)} kinds of objects in {len(COLOURS)} colours. It exists so that
-text-to-3D runs on a CPU, out of the box and with exact ground truth. It knows nothing else.
+knows a procedural world of {len(KINDS)} kinds of objects in {len(COLOURS)} colours. It exists
+so that text-to-3D runs on a CPU, out of the box and with exact ground truth. It knows nothing else.
 
 - Prompts: "a COLOUR KIND", "a COLOUR KIND next to a COLOUR KIND"; suffixes ", front view",
   ", side view", ", back view", ", overhead view".

@@ -29,8 +29,8 @@ from .tokenizer import token_ids
 PAIR_SHARE = 0.2
 OVERHEAD_SHARE = 0.05
 OVERHEAD_RANGE = (60.0, 85.0)  # degrees
-RENDER_BATCH = 256  # images that share a shape
-PAIR_BATCH = 64  # smaller, so that more pairs of kinds are seen
+RENDER_BATCH = 512  # images that share a shape
+PAIR_BATCH = 128  # smaller, so that more pairs of kinds are seen
 NO_VIEW = len(VIEW_NAMES)
 
 

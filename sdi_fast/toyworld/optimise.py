@@ -104,6 +104,14 @@ class MasterAdamW:
         decay = min(self.ema_decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.averages, self.masters, 1.0 - decay)
 
+    def averaged_states(self) -> list[dict[str, Tensor]]:
+        """The averages by parameter name, one dict a module."""
+        average_of = {id(p): a for p, a in zip(self.params, self.averages, strict=True)}
+        return [
+            {name: average_of[id(p)] for name, p in module.named_parameters()}
+            for module in self.modules
+        ]
+
     @torch.no_grad()
     def ema_to_model(self) -> None:
         for module in self.modules:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ EDGE_WEIGHT = 1.0
 CAPTION_DROPOUT = 0.12
 NO_SUFFIX = 0.15
 LOW_T_SHARE, LOW_T = 0.25, 400  # inversion starts at low t: a quarter of the draws stay below
+SNAPSHOT_S = 3.0
 UNET_LR, VAE_LR, SCORER_LR = 6e-4, 1e-3, 1e-3
 SCALE_IMAGES = 8192  # images that the latents' spread is measured on
 
@@ -26,9 +28,9 @@ SCALE_IMAGES = 8192  # images that the latents' spread is measured on
 class Settings:
     """Sizes of a training run."""
 
-    n_images: int = 240_000
+    n_images: int = 130_000
     vae_batch: int = 256
-    unet_batch: int = 768
+    unet_batch: int = 512
     scorer_batch: int = 512
     n_holdout: int = 2048  # last images, never trained on
     max_steps: int = 0  # a phase; 0: only the clock
@@ -141,9 +143,17 @@ def alphas_cumprod(device: torch.device | str) -> Tensor:
 
 
 def train_unet(
-    pipeline: ToyPipeline, data: Dataset, seconds: float, settings: Settings
+    pipeline: ToyPipeline,
+    data: Dataset,
+    seconds: float,
+    settings: Settings,
+    snapshot: Callable[[dict[str, dict[str, Tensor]]], None] | None = None,
 ) -> dict[str, Any]:
-    """Epsilon prediction; the text encoder learns with the denoiser."""
+    """Epsilon prediction; the text encoder learns with the denoiser.
+
+    `snapshot` gets both networks' averaged weights every SNAPSHOT_S seconds, so that a training
+    that is cut off leaves something.
+    """
     device, n_train = data.images.device, len(data) - settings.n_holdout
     mean, std = encode_images(pipeline, data, len(data))
     unet = pipeline.unet.train().to(memory_format=torch.channels_last)
@@ -157,7 +167,12 @@ def train_unet(
     null = torch.tensor(_null_tokens(pipeline), device=device)
     scale, b = float(pipeline.vae.config.scaling_factor), settings.unet_batch
     budget = Budget("unet", seconds, UNET_LR, settings.max_steps)
+    last_snapshot = 0.0
     while budget.running:
+        if snapshot and budget.elapsed - last_snapshot > SNAPSHOT_S:
+            last_snapshot = budget.elapsed
+            unet_state, text_state = optim.averaged_states()
+            snapshot({"unet": unet_state, "text_encoder": text_state})
         index = torch.randint(n_train, (b,), device=device)
         z = mean[index].float() + std[index].float() * torch.randn(b, 4, 16, 16, device=device)
         z = (z * scale).contiguous(memory_format=torch.channels_last)

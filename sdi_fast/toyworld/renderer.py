@@ -15,8 +15,8 @@ from torch import Tensor
 from ..types import Camera
 from .scenes import Scene, Shape
 
-MAX_TRACE_STEPS = 56
-COMPACT_EVERY = 7  # steps between dropping the rays that hit or missed
+MAX_TRACE_STEPS = 48
+COMPACT_EVERY = 4  # steps between dropping the rays that hit or missed
 HIT_DISTANCE = 2e-3  # scene units; a pixel is about 0.03 at the usual distance
 NORMAL_STEP = 4e-3  # scene units, half width of the central difference
 SH_DEGREE3 = 9  # spherical-harmonic values up to l = 2, what the NeRF's environment sees

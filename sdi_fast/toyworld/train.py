@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from ..types import SDIFastError
 from .card import write_card
 from .dataset import build_dataset
-from .models import load_weights, new_pipeline, save_weights
+from .models import WEIGHT_FILES, load_weights, new_pipeline, save_weights
 from .phases import Settings, train_scorer, train_unet, train_vae
 from .sample import sample_grid
 
 LOG_NAME, GRID_NAME = "train_log.json", "samples.png"
+RESERVE_S = 20.0  # of --total-seconds, for encoding, measuring, saving and sampling
 SMOKE = Settings(
     n_images=192,
     vae_batch=8,
@@ -45,6 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae-seconds", type=float, default=90.0)
     parser.add_argument("--unet-seconds", type=float, default=330.0)
     parser.add_argument("--scorer-seconds", type=float, default=45.0)
+    parser.add_argument("--total-seconds", type=float, default=0.0, help="0: no limit in all")
     parser.add_argument("--images", type=int, default=0, help="size of the training set")
     parser.add_argument("--unet-batch", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
@@ -99,15 +102,28 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.synchronize()
     log["render_seconds"] = round(time.perf_counter() - started, 1)
     print(f"[data] {len(data)} images, {log['render_seconds']} s", flush=True)
+
+    def snapshot(states: dict[str, dict[str, torch.Tensor]]) -> None:
+        for part, state in states.items():
+            half = {k: v.to("cpu", torch.float16) for k, v in state.items()}
+            path = out / (f"{part}.safetensors" if args.flat else WEIGHT_FILES[part])
+            save_file(half, path, metadata={"format": "pt"})
+
     phases = (
         ("vae", args.vae_seconds, train_vae),
         ("scorer", args.scorer_seconds, train_scorer),
         ("unet", args.unet_seconds, train_unet),
     )
     for name, seconds, phase in phases:
+        if args.total_seconds:
+            left = args.total_seconds - RESERVE_S - (time.perf_counter() - started)
+            seconds = min(seconds, left)
         if seconds <= 0:
             continue
-        log[name] = phase(pipeline, data, seconds, settings)
+        if phase is train_unet:
+            log[name] = train_unet(pipeline, data, seconds, settings, snapshot)
+        else:
+            log[name] = phase(pipeline, data, seconds, settings)
         print(f"[{name}] { ({k: v for k, v in log[name].items() if k != 'log'}) }", flush=True)
         save_weights(pipeline, out, flat=args.flat)
     sample_grid(
