@@ -126,6 +126,15 @@ def test_hash_encode_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x, t: hash_encode(x, t, spec, 2), (x, table))
 
 
+def test_all_levels_masked_leaves_the_blob(
+    small_spec: FieldSpec, small_params: FieldParams
+) -> None:
+    x = random_points(10)
+    _, albedo, normal = field(x, small_params, small_spec, 0)
+    assert torch.equal(albedo, torch.full_like(albedo, 0.5))
+    assert relative_error(normal, x / x.norm(dim=-1, keepdim=True)) < F64_TOLERANCE
+
+
 @pytest.mark.parametrize("active", [2, 4])
 def test_closed_form_normal_equals_autograd(
     small_spec: FieldSpec, small_params: FieldParams, active: int

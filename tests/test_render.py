@@ -192,6 +192,25 @@ def test_jitter(scene: Scene) -> None:
     assert 0 < relative_error(a.depth, plain.depth) < 0.05
 
 
+def test_deterministic_mode_repeats_every_bit(scene: Scene) -> None:
+    def run() -> list[Tensor]:
+        grid = OccupancyGrid(RENDER, radius=2.0, backend="reference")
+        draws = torch.Generator().manual_seed(0)
+        grid.update(256, lambda x: scene.field.density(x, 0), RENDER, draws)
+        out = Scene(scene.field, scene.background, grid).render(orbit(), jitter_generator=draws)
+        total = out.comp_rgb.square().sum() + out.comp_normal.sum() + out.z_variance.sum()
+        return [grid.occs, total, *torch.autograd.grad(total, scene.parameters())]
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # raises where an operation has no such version
+    try:
+        first, second = run(), run()
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_chunks_do_not_show(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         whole = scene.render(orbit())

@@ -15,8 +15,6 @@ from torch import Tensor
 from ..constants import HASH_PRIMES
 from ..types import HashGridSpec
 
-_UINT32 = 0xFFFFFFFF
-
 
 def hash_encode(
     x: Tensor,  # [N, 3] in [0, 1]
@@ -49,7 +47,7 @@ def hash_encode_with_jacobian(
         slope = slope * spec.scales[level]  # d(1 - o, o)/dx
         parts = [(slope, wy, wz), (wx, slope, wz), (wx, wy, slope)]
         jacobians.append(torch.stack([_mix(_weights(*p), values) for p in parts], dim=-1))
-    return _pad(levels, x, spec), _pad(jacobians, x, spec)
+    return _pad(levels, x, spec), _pad(jacobians, x, spec, 3)
 
 
 def _active(table: Tensor, spec: HashGridSpec, active_levels: int) -> list[tuple[int, Tensor]]:
@@ -59,10 +57,9 @@ def _active(table: Tensor, spec: HashGridSpec, active_levels: int) -> list[tuple
     return list(enumerate(entries))[: max(active_levels, 0)]
 
 
-def _pad(levels: list[Tensor], x: Tensor, spec: HashGridSpec) -> Tensor:
-    """Levels [N, F, ...] joined on dim 1, zeros for the masked ones."""
+def _pad(levels: list[Tensor], x: Tensor, spec: HashGridSpec, *trailing: int) -> Tensor:
+    """Levels [N, F, *trailing] joined on dim 1, zeros for the masked ones."""
     missing = (spec.n_levels - len(levels)) * spec.n_features
-    trailing = levels[0].shape[2:] if levels else ()
     zeros = x.new_zeros((x.shape[0], missing, *trailing))
     return torch.cat([*levels, zeros], dim=1)
 
@@ -86,8 +83,8 @@ def _corners(x: Tensor, spec: HashGridSpec, level: int) -> tuple[Tensor, Tensor]
     cx, cy, cz = cx[None, None, :], cy[None, :, None], cz[:, None, None]
     if spec.level_is_dense[level]:
         index = cx + cy + cz
-    else:  # the low 32 bits of XORs and products do not depend on the higher ones
-        index = (cx ^ cy ^ cz) & _UINT32
+    else:  # the size is a power of two: its remainder in 64 bits is the one in 32 bits
+        index = cx ^ cy ^ cz
     return (index % spec.level_sizes[level]).flatten(0, 2), position - floor
 
 
