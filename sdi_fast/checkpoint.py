@@ -32,6 +32,8 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{6,})\.safetensors")
 
 # Keys of the config that do not change what a run computes, so may differ on resume.
 FREE_KEYS = ("export.", "engine.checkpoint_every", "engine.threads", "model.local_files_only")
+# Keys that others follow from, so that the refusal names the cause and not an effect.
+TOLD_FIRST = ("prompt", "model.id", "engine.max_steps")
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def check_same_run(config: Config, checkpoint: Checkpoint) -> None:
     except (KeyError, ValueError, AttributeError) as error:
         raise _corrupted(checkpoint.path, "its config cannot be read") from error
     ours = _flat(json.loads(json.dumps(config_to_dict(config))))
-    for key in [*ours, *(k for k in theirs if k not in ours)]:
+    for key in dict.fromkeys([*TOLD_FIRST, *ours, *theirs]):
         mine, other = ours.get(key, "(no such key)"), theirs.get(key, "(no such key)")
         if mine != other and not key.startswith(FREE_KEYS):
             raise SDIFastError(

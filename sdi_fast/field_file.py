@@ -63,15 +63,15 @@ def save_field(field: SavedField, path: Path) -> None:
     tensors = {f"field.{f.name}": getattr(field.params, f.name) for f in _param_fields()}
     tensors.update({f"background.{k}": v for k, v in field.background.items()})
     plain = {k: v.detach().float().cpu().contiguous().clone() for k, v in tensors.items()}
-    metadata = {
-        "format": FORMAT,
+    about = {
         "version": __version__,
-        "spec": json.dumps(_spec_to_dict(field.spec)),
-        "active_levels": str(field.active_levels),
+        "spec": _spec_to_dict(field.spec),
+        "active_levels": field.active_levels,
         "prompt": field.prompt,
     }
     with atomic_path(path) as temp:
-        temp.write_bytes(save(plain, metadata))
+        # one entry: safetensors writes several in a random order, and equal runs should be equal
+        temp.write_bytes(save(plain, {FORMAT: json.dumps(about)}))
 
 
 def load_field(path: Path) -> SavedField:
@@ -85,22 +85,20 @@ def load_field(path: Path) -> SavedField:
     tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = dict(file.metadata() or {})
+            about = json.loads((file.metadata() or {}).get(FORMAT, "null"))
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 tensors[name] = file.get_tensor(name)
-        spec_data = json.loads(metadata.get("spec", "null"))
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise _bad(path, " ".join(str(error).split())) from error
-    levels = metadata.get("active_levels", "")
-    if metadata.get("format") != FORMAT or not isinstance(spec_data, dict):
+    if not isinstance(about, dict) or not isinstance(about.get("spec"), dict):
         raise _bad(path, f"not in the format {FORMAT}")
-    spec = _spec_from_dict(path, spec_data)
-    if not (levels.isdecimal() and len(levels) < 4 and int(levels) <= spec.grid.n_levels):
-        raise _bad(path, f"active_levels: expected 0 to {spec.grid.n_levels}, got {levels[:20]!r}")
+    spec, levels = _spec_from_dict(path, about["spec"]), about.get("active_levels")
+    if type(levels) is not int or not 0 <= levels <= spec.grid.n_levels:
+        raise _bad(path, f"active_levels: expected 0 to {spec.grid.n_levels}, got {levels!r:.20}")
     _check_tensors(path, tensors, spec)
     params = FieldParams(*(tensors[f"field.{f.name}"] for f in _param_fields()))
     background = {k: tensors[f"background.{k}"] for k in BACKGROUND_SHAPES}
-    return SavedField(params, spec, int(levels), background, metadata.get("prompt", ""))
+    return SavedField(params, spec, levels, background, str(about.get("prompt", "")))
 
 
 def _param_fields() -> tuple[dataclasses.Field[Any], ...]:

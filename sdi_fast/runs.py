@@ -114,6 +114,7 @@ def open_run(
         raise SDIFastError("out: expected a folder, got nothing")
     path = OUTPUTS / prompt_slug(prompt) if out is None else Path(out)
     check_vacant(path, resume=resume, overwrite=overwrite)
+    is_new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a null character
@@ -121,7 +122,13 @@ def open_run(
         raise SDIFastError(f"out: the folder {_shown(path)} cannot be made: {why}") from error
     with _locked(path):
         check_vacant(path, resume=resume, overwrite=overwrite)  # now that nobody else writes
-        yield RunFolder(path, resume, overwrite)
+        try:
+            yield RunFolder(path, resume, overwrite)
+        except BaseException:
+            if is_new and [p.name for p in path.iterdir()] == [LOCK_NAME]:
+                (path / LOCK_NAME).unlink()  # nothing was written: leave no trace
+                path.rmdir()
+            raise
 
 
 def check_vacant(path: Path, *, resume: bool, overwrite: bool) -> None:
@@ -166,12 +173,15 @@ def _locked(folder: Path) -> Iterator[None]:
         ) from error
     except OSError as error:  # a file system without locks
         warnings.warn(f"{_shown(folder)} cannot be locked: {error.strerror}", stacklevel=2)
+    if not lock.exists() or lock.stat().st_ino != os.fstat(handle).st_ino:
+        os.close(handle)  # its owner failed and removed it between our two calls
+        raise SDIFastError(f"out: {_shown(folder)} was just removed by another process; try again")
     try:
         os.truncate(handle, 0)
         os.write(handle, f"pid {os.getpid()}\n".encode())
         yield
     finally:
-        os.close(handle)  # the file stays: removing it would race with a process that opened it
+        os.close(handle)  # the file stays: another process may have opened it meanwhile
 
 
 # ---- metrics.json -------------------------------------------------------------------------------
@@ -190,7 +200,8 @@ def build_metrics(
 
     Args:
         history: one row of numbers a step.
-        seconds: wall time of the optimisation, resumed parts included where known.
+        seconds: wall time of this process's part of the optimisation; "seconds_in_steps" has
+            the steps that were resumed as well.
         scores: evaluation scores, if any were computed.
         notes: what the user should know, e.g. that there was no surface to mesh.
     """
@@ -204,6 +215,7 @@ def build_metrics(
         "steps": len(rows),
         "skipped_steps": sum(bool(row.get("skipped")) for row in rows),
         "seconds": seconds,
+        "seconds_in_steps": sum(float(row.get("seconds", 0.0)) for row in rows),
         "final": rows[-1] if rows else None,
         "scores": dict(scores or {}),
         "notes": list(notes),

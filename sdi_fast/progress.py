@@ -1,0 +1,161 @@
+"""What the command line shows while a run goes on, and how a signal stops it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .engine import Engine, StepMetrics
+
+PLAIN_LINES = 10  # of a whole run, where there is no terminal
+
+
+class Reporter:
+    """An engine callback: a progress bar on a terminal, about ten plain lines elsewhere."""
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self.console = console
+        self.quiet = quiet
+        self.n_skipped = 0
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._began: tuple[float, int] | None = None  # time and steps done before this session
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Takes the bar away, so that plain lines can follow."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __call__(self, engine: Engine, metrics: StepMetrics) -> None:
+        done, total = engine.global_step, engine.config.engine.max_steps
+        self.n_skipped += metrics.skipped
+        if self._began is None:
+            self._began = (time.monotonic() - metrics.seconds, metrics.step)
+        if self.quiet:
+            return
+        if self.console.is_terminal:
+            self._show_bar(metrics, done, total)
+        else:
+            self._print_line(metrics, done, total)
+        if done >= total:
+            self.close()
+            self.console.print("writing field, previews, mesh and turntable ...", markup=False)
+
+    def _show_bar(self, metrics: StepMetrics, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("optimising"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}", markup=False),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("", total=total, completed=done - 1, note="")
+            self._bar.start()
+        self._bar.update(self._task, completed=done, note=self._note(metrics))
+
+    def _print_line(self, metrics: StepMetrics, done: int, total: int) -> None:
+        began, before = self._began or (time.monotonic(), 0)
+        mark = done * PLAIN_LINES // total > (done - 1) * PLAIN_LINES // total
+        if not mark and done != before + 1:
+            return
+        left = (time.monotonic() - began) / max(done - before, 1) * (total - done)
+        self.console.print(
+            f"step {done}/{total}  {self._note(metrics)}  {format_seconds(left)} left",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        self.console.file.flush()
+
+    def _note(self, metrics: StepMetrics) -> str:
+        skipped = f"  ({self.n_skipped} steps skipped: not finite)" if self.n_skipped else ""
+        return f"loss {metrics.loss:.4f}  t {metrics.t}{skipped}"
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration such as "45 s", "12 min" or "2 h 5 min"."""
+    if seconds < 100:
+        return f"{max(seconds, 0.0):.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that came while no step was being done: loading, or writing results."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class StopOnSignal:
+    """An engine callback that stops a run cleanly on SIGINT or SIGTERM.
+
+    In the loop, the step in hand is finished and the engine asked to stop, so that a checkpoint
+    gets written; elsewhere `Stopped` is raised at once. A second signal ends the process where it
+    stands, which files.py makes safe.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        self._before = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def __call__(self, engine: Engine, metrics: StepMetrics) -> None:
+        if self.signum is None:
+            return
+        if engine.global_step < engine.config.engine.max_steps:
+            engine.request_stop()
+        else:  # it was the last step: the results are as good as there
+            self.signum = None
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None:
+            _say("\x1b[?25h" if sys.stderr.isatty() else "")  # the bar has hidden the cursor
+            os._exit(128 + signum)
+        if not _inside_loop(frame):
+            raise Stopped(signum)
+        self.signum = signum
+        _say("\nsdi-fast: stopping after this step; once more to stop without saving it\n")
+
+
+def _inside_loop(frame: FrameType | None) -> bool:
+    """Whether the interrupted code was called by Engine.run."""
+    while frame is not None:
+        if frame.f_code is Engine.run.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _say(text: str) -> None:
+    """Straight to stderr: a print inside a signal handler could meet its own lock."""
+    if text:
+        os.write(2, text.encode())
