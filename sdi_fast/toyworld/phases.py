@@ -19,7 +19,7 @@ EDGE_WEIGHT = 1.0
 CAPTION_DROPOUT = 0.12
 NO_SUFFIX = 0.15
 LOW_T_SHARE, LOW_T = 0.25, 400  # inversion starts at low t: a quarter of the draws stay below
-SNAPSHOT_S = 3.0
+SNAPSHOT_S = 60.0
 UNET_LR, VAE_LR, SCORER_LR = 6e-4, 1e-3, 1e-3
 SCALE_IMAGES = 8192  # images that the latents' spread is measured on
 
@@ -29,7 +29,7 @@ class Settings:
     """Sizes of a training run."""
 
     n_images: int = 130_000
-    vae_batch: int = 256
+    vae_batch: int = 128
     unet_batch: int = 512
     scorer_batch: int = 512
     n_holdout: int = 2048  # last images, never trained on

@@ -81,6 +81,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         pipeline = new_pipeline(scratch if args.flat else out)
     resumed = load_weights(pipeline, args.resume) if args.resume else []
@@ -105,7 +106,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
     def snapshot(states: dict[str, dict[str, torch.Tensor]]) -> None:
         for part, state in states.items():
-            half = {k: v.to("cpu", torch.float16) for k, v in state.items()}
+            half = {k: v.to("cpu", torch.float16).contiguous() for k, v in state.items()}
             path = out / (f"{part}.safetensors" if args.flat else WEIGHT_FILES[part])
             save_file(half, path, metadata={"format": "pt"})
 
