@@ -302,6 +302,7 @@ def _merge(tree: dict[str, Any], other: dict[str, Any]) -> None:
 
 def _print(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.file.flush()
 
 
 def _complain(text: str, kind: str) -> None:

@@ -81,7 +81,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 
 def config_to_yaml(config: Config) -> str:
     """The whole config as plain YAML."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def config_from_yaml(path: Path | str, base: Config | None = None) -> Config:
