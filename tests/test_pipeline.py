@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -181,15 +182,37 @@ def test_sharded_text_encoders_load(copy, pipeline):
     assert torch.equal(other.prompts.embed(["cow"]), pipeline.prompts.embed(["cow"]))
 
 
-def test_loading_is_silent_and_leaves_the_libraries_settings(tiny, capfd):
+class Collector(logging.Handler):
+    """Keeps what a library logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def test_loading_is_silent_and_leaves_the_libraries_settings(copy, capfd):
+    from diffusers import UNet2DConditionModel
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    edit_json(copy / "unet" / "config.json", made_up=1)  # diffusers warns of unknown settings
     libraries = (diffusers_logging, transformers_logging)
     before = [(lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in libraries]
-    load_pipeline(ModelConfig(id=str(tiny)))
-    captured = capfd.readouterr()
-    assert (captured.out, captured.err) == ("", "")
+    collector = Collector()
+    for lib in libraries:
+        lib.add_handler(collector)
+    try:
+        load_pipeline(ModelConfig(id=str(copy)))
+        captured = capfd.readouterr()
+        assert (captured.out, captured.err, collector.lines) == ("", "", [])
+        UNet2DConditionModel.from_pretrained(copy / "unet")
+        assert any("made_up" in line for line in collector.lines)  # it would have been seen
+    finally:
+        for lib in libraries:
+            lib.remove_handler(collector)
     assert before == [(lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in libraries]
 
 

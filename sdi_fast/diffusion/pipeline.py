@@ -73,8 +73,8 @@ def load_pipeline(config: ModelConfig, device: torch.device | str = "cpu") -> Pi
     image_size = sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
     return Pipeline(
         schedule=schedule,
-        denoiser=Denoiser(unet.to(device=device, dtype=dtype)),
-        encoder=LatentEncoder(vae.to(device=device, dtype=dtype), image_size),
+        denoiser=Denoiser(unet.to(device)),
+        encoder=LatentEncoder(vae.to(device), image_size),
         prompts=TextEncoder(text_model, tokenizer, device),
         latent_channels=int(unet.config.in_channels),
         sample_size=sample_size,
