@@ -13,11 +13,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .api import GenerateResult as GenerateResult
+    from .api import generate as generate
     from .config import Config as Config
     from .engine import Engine as Engine
     from .engine import StepMetrics as StepMetrics
-    from .api import GenerateResult as GenerateResult
-    from .api import generate as generate
     from .types import SDIFastError as SDIFastError
 
 __version__ = "0.1.0"

@@ -1,0 +1,142 @@
+"""C++ kernels of marching, pruning, the occupancy update and Adam, against their twins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ops_cases import F64, as_tuple, rand, randn, random_samples
+
+from sdi_fast.ops.adam import adam_step
+from sdi_fast.ops.march import march
+from sdi_fast.ops.occupancy import update_occupancy
+from sdi_fast.ops.prune import prune
+from sdi_fast.types import Samples
+
+
+def _rays(n: int, dtype: torch.dtype, distance: float = 1.7) -> tuple[torch.Tensor, torch.Tensor]:
+    origins = F.normalize(randn(n, 3, seed=1), dim=-1) * distance
+    directions = F.normalize(randn(n, 3, seed=2) * 0.5 - origins, dim=-1)
+    return origins.to(dtype), directions.to(dtype)
+
+
+def _assert_same(ours: Samples, twin: Samples) -> None:
+    assert ours.n_samples > 0
+    for a, b in zip(as_tuple(ours), as_tuple(twin), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("distance", [0.0, 1.7, 9.0])  # inside, near a face, outside the box
+@pytest.mark.parametrize("with_jitter", [False, True])
+def test_march_keeps_exactly_the_twins_samples(
+    dtype: torch.dtype, distance: float, with_jitter: bool
+) -> None:
+    origins, directions = _rays(257, dtype, distance)
+    occupancy = rand(8, 8, 8, seed=3) > 0.5
+    jitter = (rand(257, seed=4) * 0.01).to(dtype) if with_jitter else None
+    args = (origins, directions, occupancy, 2.0, 0.0137, 0.1, jitter)
+    _assert_same(march(*args, backend="cpu"), march(*args, backend="reference"))
+
+
+def test_march_along_axes_and_faces() -> None:
+    axes = torch.cat([torch.eye(3), -torch.eye(3)])
+    starts = torch.tensor([[0.0, 0.0, 0.0], [0.5, 0.5, 0.5], [2.0, 2.0, 2.0], [-2.0, -2.0, -2.0]])
+    origins = starts.repeat_interleave(6, dim=0) - 0.25 * axes.repeat(4, 1)
+    occupancy = torch.ones(4, 4, 4, dtype=torch.bool)
+    args = (origins, axes.repeat(4, 1), occupancy, 2.0, 0.05, 0.0, None)
+    _assert_same(march(*args, backend="cpu"), march(*args, backend="reference"))
+
+
+def test_march_of_nothing() -> None:
+    origins, directions = _rays(5, torch.float32)
+    empty = torch.zeros(4, 4, 4, dtype=torch.bool)
+    samples = march(origins, directions, empty, 2.0, 0.1, 0.0, backend="cpu")
+    assert samples.n_samples == 0 and samples.packed_info.tolist() == [[0, 0]] * 5
+    none = march(origins[:0], directions[:0], ~empty, 2.0, 0.1, 0.0, backend="cpu")
+    assert none.n_samples == 0 and none.packed_info.shape == (0, 2)
+
+
+def test_march_ignores_broken_rays() -> None:
+    origins = torch.tensor([[float("nan")] * 3, [0.0, 0.0, 0.0], [float("inf"), 0.0, 0.0]])
+    directions = torch.tensor([[1.0, 0.0, 0.0], [float("nan")] * 3, [1.0, 0.0, 0.0]])
+    samples = march(
+        origins, directions, torch.ones(2, 2, 2, dtype=torch.bool), 2.0, 0.1, 0.0, backend="cpu"
+    )
+    assert samples.n_samples == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_prune_keeps_exactly_the_twins_samples(dtype: torch.dtype) -> None:
+    samples = random_samples((50, 0, 1, 300, 7), dtype=dtype)
+    density = (rand(samples.n_samples, seed=5) ** 4 * 40.0).to(dtype)
+    args = (samples, density, 1e-4, 0.01)
+    ours, twin = prune(*args, backend="cpu"), prune(*args, backend="reference")
+    assert 0 < ours.n_samples < samples.n_samples
+    _assert_same(ours, twin)
+
+
+def test_prune_can_drop_everything() -> None:
+    samples = random_samples((4, 3))
+    result = prune(samples, torch.zeros(7, dtype=F64), 1e-4, 0.01, backend="cpu")
+    assert result.n_samples == 0 and result.packed_info.tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_occupancy_matches_twin(dtype: torch.dtype) -> None:
+    start = (rand(512, seed=1) * 0.02).to(dtype)
+    cells = (rand(300, seed=2) * 512).long()  # with repeats, and cells that are left out
+    values = (rand(300, seed=3) * 0.02).to(dtype)
+    ours, twin = start.clone(), start.clone()
+    for _ in range(3):
+        a = update_occupancy(ours, cells, values, 0.95, 0.01, backend="cpu")
+        b = update_occupancy(twin, cells, values, 0.95, 0.01, backend="reference")
+        assert torch.equal(ours, twin) and torch.equal(a, b)
+    assert a.shape == (8, 8, 8) and 0 < int(a.sum()) < 512
+
+
+def _adam_state(n: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [randn(n, seed=1, dtype=dtype), *(torch.zeros(n, dtype=dtype) for _ in range(2))]
+
+
+# f32: the two round in different orders, an ulp or two a step
+@pytest.mark.parametrize("dtype,tolerance", [(F64, 1e-13), (torch.float32, 2e-6)])
+def test_adam_matches_twin_and_torch(dtype: torch.dtype, tolerance: float) -> None:
+    n = 5003
+    ours, twin = _adam_state(n, dtype), _adam_state(n, dtype)
+    official = ours[0].clone().requires_grad_()
+    optimiser = torch.optim.Adam([official], lr=1e-2, betas=(0.9, 0.99), eps=1e-15)
+    for step in range(1, 8):
+        grad = randn(n, seed=10 + step, dtype=dtype) * (rand(n, seed=50 + step) > 0.3).to(dtype)
+        for state, backend in ((ours, "cpu"), (twin, "reference")):
+            param, m, v = state
+            adam_step(param, grad, m, v, step, 1e-2, (0.9, 0.99), 1e-15, backend=backend)
+        official.grad = grad
+        optimiser.step()
+    for a, b in zip(ours, twin, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ours[0], official.detach(), rtol=tolerance, atol=tolerance)
+
+
+def test_adam_leaves_what_is_at_rest_alone_and_moves_the_rest() -> None:
+    n = 4096
+    param, m, v = _adam_state(n, torch.float32)
+    grad = torch.zeros(n)
+    grad[2500] = 1.0
+    before = param.clone()
+    for step in (1, 2):
+        adam_step(param, grad, m, v, step, 1e-2, (0.9, 0.99), 1e-15, backend="cpu")
+    moved = torch.nonzero(param != before)[:, 0].tolist()
+    assert moved == [2500]
+    grad.zero_()  # the moment alone still moves it
+    again = param.clone()
+    adam_step(param, grad, m, v, 3, 1e-2, (0.9, 0.99), 1e-15, backend="cpu")
+    assert torch.nonzero(param != again)[:, 0].tolist() == [2500]
+
+
+def test_adam_shows_nan() -> None:
+    param, m, v = _adam_state(40, torch.float32)
+    grad = torch.zeros(40)
+    grad[3] = float("nan")
+    adam_step(param, grad, m, v, 1, 1e-2, (0.9, 0.99), 1e-15, backend="cpu")
+    assert param[3].isnan() and int(param.isnan().sum()) == 1
