@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sdi_fast.camera import select_views
 from sdi_fast.config import ModelConfig
 from sdi_fast.constants import VIEW_NAMES
 from sdi_fast.diffusion.pipeline import Pipeline, load_pipeline
 from sdi_fast.toyworld import train as training
+from sdi_fast.toyworld.dataset import view_index
 from sdi_fast.toyworld.evaluate import EVAL_PROMPTS, evaluate_run, held_out_cameras
 from sdi_fast.toyworld.models import (
     WEIGHT_FILES,
@@ -26,6 +29,7 @@ from sdi_fast.toyworld.models import (
     load_weights,
     new_pipeline,
 )
+from sdi_fast.toyworld.phases import alphas_cumprod
 from sdi_fast.toyworld.renderer import render_scene
 from sdi_fast.toyworld.scenes import COLOURS, KINDS, Scene, parse_caption
 from sdi_fast.toyworld.score import Scorer
@@ -183,15 +187,28 @@ def bundled() -> ToyPipeline:
     return load_pipeline_folder()
 
 
+TRUTH_VIEWS = ((0, 3), (2, 5))  # held-out views that an even and an odd kind is seen from
+
+
+def truth_scene(i: int) -> Scene:
+    return Scene(((KINDS[i], list(COLOURS)[i % len(COLOURS)]),))
+
+
+def truth_views(i: int) -> list[int]:
+    """The views of kind i as indices into VIEW_NAMES."""
+    camera = held_out_cameras(64, 64)
+    picked = list(TRUTH_VIEWS[i % 2])
+    return view_index(camera.azimuth_deg[picked], camera.elevation_deg[picked]).tolist()
+
+
 @pytest.fixture(scope="module")
 def truths() -> Tensor:
     """Ground truth of each kind from two held-out views, flat on grey, [34, 3, 64, 64]."""
     camera = held_out_cameras(64, 64)
     images = []
-    for i, kind in enumerate(KINDS):
-        colour = list(COLOURS)[i % len(COLOURS)]
-        rgb, _ = render_scene(Scene(((kind, colour),)), camera, background=GREY)
-        images.append(rgb[[i % 8, (i + 3) % 8]])
+    for i in range(len(KINDS)):
+        views = select_views(camera, TRUTH_VIEWS[i % 2])
+        images.append(render_scene(truth_scene(i), views, background=GREY)[0])
     return torch.cat(images).permute(0, 3, 1, 2)
 
 
@@ -212,9 +229,18 @@ def test_bundled_model_card_tells_what_is_needed() -> None:
         assert word in card
     for word in (*KINDS, *COLOURS):
         assert word in card
+
+
+def test_bundled_log_and_card_cover_every_training() -> None:
+    """No part's training is missing, so that the card's one command makes all of them again."""
     log = json.loads((WEIGHTS / "train_log.json").read_text())
     runs = [*log["earlier_runs"], log]
-    assert sum(run["unet"]["steps"] for run in runs if "unet" in run) > 1000
+    for phase in ("vae", "unet", "scorer"):
+        steps = sum(run[phase]["steps"] for run in runs if phase in run)
+        assert steps > 500, f"{phase}: {steps} steps logged"
+    seconds = re.findall(r"--(vae|unet|scorer)-seconds (\d+)", (WEIGHTS / "README.md").read_text())
+    assert [name for name, _ in seconds] == ["vae", "unet", "scorer"]
+    assert all(int(number) > 0 for _, number in seconds), seconds
 
 
 def test_bundled_pipeline_loads_by_name() -> None:
@@ -265,38 +291,29 @@ def test_bundled_autoencoder_keeps_the_pictures(bundled: ToyPipeline, truths: Te
 
 
 def test_bundled_denoiser_heeds_the_caption(bundled: ToyPipeline, truths: Tensor) -> None:
-    """At t = 500 the right caption predicts the noise better than a wrong one, for most kinds."""
-    generator = torch.Generator().manual_seed(7)
-    camera = held_out_cameras(64, 64)
-    right, wrong, images = [], [], []
-    for i, kind in enumerate(KINDS):
-        colour = list(COLOURS)[i % len(COLOURS)]
-        other = Scene(((KINDS[(i + 5) % len(KINDS)], list(COLOURS)[(i + 4) % len(COLOURS)]),))
-        for view in (i % 8, (i + 3) % 8):
-            name = VIEW_NAMES[int(_view(camera, view))]
-            right.append(f"{Scene(((kind, colour),)).caption}, {name} view")
-            wrong.append(f"{other.caption}, {name} view")
-    images = truths
+    """At t = 500 the right caption predicts the noise better than a wrong one, for most images."""
+    right, wrong = [], []
+    for i in range(len(KINDS)):
+        other = truth_scene((i + 5) % len(KINDS))
+        for view in truth_views(i):
+            suffix = f", {VIEW_NAMES[view]} view"
+            right.append(truth_scene(i).caption + suffix)
+            wrong.append(other.caption + suffix)
+    a, t = alphas_cumprod("cpu")[500], torch.full((len(right),), 500)
+    losses = []
     with torch.no_grad():
-        z = bundled.vae.encode(images * 2 - 1).latent_dist.mode()
+        z = bundled.vae.encode(truths * 2 - 1).latent_dist.mode()
         z = z * bundled.vae.config.scaling_factor
-        noise = torch.randn(z.shape, generator=generator)
-        a, t = 0.2774, torch.full((len(z),), 500)  # alphas_cumprod[500] of SD's schedule
-        noisy = a**0.5 * z + (1 - a) ** 0.5 * noise
-        losses = []
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(7))
+        noisy = a.sqrt() * z + (1 - a).sqrt() * noise
         for texts in (right, wrong):
             ids = token_ids(bundled.tokenizer, texts)
             context = bundled.text_encoder(ids).last_hidden_state
             out = bundled.unet(noisy, t, context).sample
             losses.append((out - noise).square().mean(dim=(1, 2, 3)))
-    better = (losses[0] < losses[1]).float().mean()
+    better = float((losses[0] < losses[1]).float().mean())
     assert better > 0.9, f"{better:.2f}"
-
-
-def _view(camera: Camera, view: int) -> Tensor:
-    from sdi_fast.toyworld.dataset import view_index
-
-    return view_index(camera.azimuth_deg[view], camera.elevation_deg[view])
+    assert losses[0].mean() < 0.1, "noise at t = 500 is far from random to a trained denoiser"
 
 
 def test_nothing_of_toyworld_is_pickled() -> None:
