@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,7 +46,9 @@ def outputs_and_grads(
 
 
 def worst_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    return max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
+    """The largest relative L2 error; infinite where one is NaN."""
+    errors = [relative_error(a, e) for a, e in zip(actual, expected, strict=True)]
+    return max(math.inf if math.isnan(e) else e for e in errors)
 
 
 def assert_single_precision_rule(

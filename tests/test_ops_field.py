@@ -115,7 +115,8 @@ def test_density_matches_field_and_has_no_gradient() -> None:
 
 def test_no_active_level_leaves_the_blob() -> None:
     spec = SPECS["official_shape"]
-    x, params = field_inputs(spec, 50, 0)
+    x = rand(50, 3, seed=6) * 2 - 1
+    params = random_field(spec, dtype=F64)
     sigma, albedo, normal = field(x, params, spec, 0, backend="cpu")
     blob = spec.blob_scale * (1 - x.norm(dim=-1) / spec.blob_std)
     torch.testing.assert_close(sigma, torch.nn.functional.softplus(blob))
