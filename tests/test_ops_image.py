@@ -66,9 +66,9 @@ def test_composite_gradcheck() -> None:
 def test_orient_gradcheck_in_the_normal() -> None:
     samples, (density, rgb, normal), directions = _composite_inputs(F64, (4, 0, 6, 1))
     assert torch.autograd.gradcheck(
-        lambda n: composite(
-            density.detach(), rgb.detach(), n, samples, directions, backend="cpu"
-        ).orient,
+        lambda n: (
+            composite(density.detach(), rgb.detach(), n, samples, directions, backend="cpu").orient
+        ),
         normal,
     )
 
