@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .constants import DEFAULT_MODEL_ID, REFERENCE_STEPS
+from .constants import DEFAULT_MODEL_ID, DIAGONAL_FACTOR, REFERENCE_STEPS
 from .types import FieldSpec, HashGridSpec, SDIFastError
 
 Schedule = float | tuple[float, ...]
@@ -90,6 +90,10 @@ class RenderConfig:
     ambient_only_steps: int = 1000  # albedo shading only, before this step
     albedo_prob: float = 0.7  # afterwards
     textureless_prob: float = 0.225  # afterwards; diffuse takes the rest
+
+    def step_size(self, radius: float) -> float:
+        """Length of a marching step, scene units: the box's diagonal over the samples of a ray."""
+        return DIAGONAL_FACTOR * 2.0 * radius / self.n_samples_per_ray
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,7 @@ class Config:
         def steps(n: int) -> int:
             return round(n * ratio)
 
-        loss = {
+        loss: dict[str, Any] = {
             f.name: scale_schedule(getattr(self.loss, f.name), ratio)
             for f in dataclasses.fields(self.loss)
             if f.name != "convex_frame"

@@ -141,18 +141,25 @@ def parse_assignment(text: str) -> dict[str, Any]:
     return tree
 
 
-def check_prompt(prompt: str) -> None:
-    """Raises SDIFastError unless `prompt` is text that a model can be asked for."""
+def check_prompt(prompt: object, name: str = "prompt", *, allow_empty: bool = False) -> str:
+    """`prompt` without surrounding white space.
+
+    Raises:
+        SDIFastError: naming `name`, where it is no text, empty, longer than MAX_PROMPT_CHARS, or
+            not Unicode.
+    """
     if not isinstance(prompt, str):
-        raise SDIFastError(f"prompt: expected text, got {type(prompt).__name__}")
-    if not prompt.strip():
-        raise SDIFastError('prompt: expected a description such as "a red mushroom", got nothing')
+        raise SDIFastError(f"{name}: expected text, got {type(prompt).__name__}")
+    text = prompt.strip()
+    if not text and not allow_empty:
+        raise SDIFastError(f'{name}: expected a description such as "a red mushroom", got nothing')
     if len(prompt) > MAX_PROMPT_CHARS:
         raise SDIFastError(
-            f"prompt: expected at most {MAX_PROMPT_CHARS} characters, got {len(prompt)}"
+            f"{name}: expected at most {MAX_PROMPT_CHARS} characters, got {len(prompt)}"
         )
     if "\0" in prompt or any("\ud800" <= c <= "\udfff" for c in prompt):
-        raise SDIFastError("prompt: expected valid Unicode text, got bytes that are none")
+        raise SDIFastError(f"{name}: expected valid Unicode text, got bytes that are none")
+    return text
 
 
 def check_config(config: Config) -> None:

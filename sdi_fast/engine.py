@@ -100,12 +100,15 @@ class Engine:
         )
         self.guidance = make_guidance(self.pipeline, config.guidance)
 
+        backend = config.engine.backend
         self.generator = torch.Generator("cpu").manual_seed(config.engine.seed)
-        self.field = NeRFField(config.field, generator=self.generator).to(self.device)
-        self.background = EnvironmentBackground(generator=self.generator).to(self.device)
-        self.renderer = Renderer(config.field, config.render, backend=config.engine.backend)
+        self.field = NeRFField(config.field, generator=self.generator, backend=backend).to(self.device)
+        self.background = EnvironmentBackground(generator=self.generator, backend=backend).to(
+            self.device
+        )
+        self.renderer = Renderer(config.field, config.render, backend=backend)
         self.occupancy = OccupancyGrid(
-            config.render, radius=config.field.radius, device=self.device
+            config.render, radius=config.field.radius, device=self.device, backend=backend
         )
         self.optimizer = Adam(
             {
@@ -117,7 +120,7 @@ class Engine:
             },
             betas=config.optim.betas,
             eps=config.optim.eps,
-            backend=config.engine.backend,
+            backend=backend,
         )
         self.global_step = 0
         self.bad_steps = 0  # consecutive
@@ -182,7 +185,8 @@ class Engine:
             config.guidance,
             batch_size=camera.batch_size,
             generator=self.generator,
-        ).to(self.device)
+            n_train_steps=self.pipeline.schedule.n_train_steps,
+        )  # stays on the CPU: the inversion's path is planned there
         condition = self.prompts.condition(
             camera.azimuth_deg, camera.elevation_deg, perp_neg=config.guidance.perp_neg
         )

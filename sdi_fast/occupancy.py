@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .config import RenderConfig
-from .constants import DIAGONAL_FACTOR
 from .ops.occupancy import update_occupancy
 from .types import SDIFastError
 
@@ -33,7 +32,7 @@ class OccupancyGrid:
             raise SDIFastError(f"occupancy_resolution: expected at least 1, got {resolution}")
         self.resolution = resolution
         self.radius = radius
-        self.step_size = step_size(config, radius)
+        self.step_size = config.step_size(radius)
         self.backend = backend
         self.occs = torch.zeros(resolution**3, device=device)
         self.binary = torch.ones(resolution, resolution, resolution, dtype=torch.bool).to(device)
@@ -113,8 +112,3 @@ class OccupancyGrid:
         corner = torch.stack([cells // (g * g), cells // g % g, cells % g], dim=-1)
         inside = torch.rand(len(cells), 3, generator=generator, device=generator.device)
         return (corner + inside.to(cells.device)) / g * (2.0 * self.radius) - self.radius
-
-
-def step_size(config: RenderConfig, radius: float) -> float:
-    """Length of a marching step, scene units: the box's diagonal over the samples of a ray."""
-    return DIAGONAL_FACTOR * 2.0 * radius / config.n_samples_per_ray

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import FieldConfig, RenderConfig
-from .constants import DIAGONAL_FACTOR, NORMALIZE_EPS
+from .constants import NORMALIZE_EPS
 from .ops.background import background as background_op
 from .ops.composite import composite
 from .ops.field import density as density_op
@@ -79,9 +79,7 @@ class Renderer:
             )
         self.config = render_config
         self.radius = field_config.radius
-        self.step_size = (
-            DIAGONAL_FACTOR * 2.0 * field_config.radius / render_config.n_samples_per_ray
-        )
+        self.step_size = render_config.step_size(field_config.radius)
         self.backend = backend
 
     def render(

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config_io import check_prompt
 from ..constants import (
     BACK_AZIMUTH_DEG,
     FRONT_AZIMUTH_DEG,
-    MAX_PROMPT_CHARS,
     OVERHEAD_ELEVATION_DEG,
     PERP_NEG_BACK_FRONT,
     PERP_NEG_FRONT_SIDE,
@@ -27,30 +27,6 @@ from ..constants import (
 from ..types import SDIFastError
 
 SIDE, FRONT, BACK, OVERHEAD = range(len(VIEW_NAMES))
-
-
-def validate_prompt(prompt: object, name: str = "prompt", *, allow_empty: bool = False) -> str:
-    """`prompt` without surrounding white space.
-
-    Raises:
-        SDIFastError: where it is no text, empty, longer than MAX_PROMPT_CHARS or not Unicode.
-    """
-    if not isinstance(prompt, str):
-        raise SDIFastError(f"{name}: expected text, got {type(prompt).__name__}")
-    if len(prompt) > MAX_PROMPT_CHARS:
-        raise SDIFastError(
-            f"{name}: expected at most {MAX_PROMPT_CHARS} characters, got {len(prompt)}"
-        )
-    text = prompt.strip()
-    if not text and not allow_empty:
-        raise SDIFastError(f"{name}: expected some text, got only white space or nothing")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise SDIFastError(
-            f"{name}: expected Unicode text, got a lone surrogate at character {error.start}"
-        ) from error
-    return text
 
 
 def shifted_decay(coefficients: tuple[float, float, float], r: Tensor) -> Tensor:
@@ -210,10 +186,10 @@ class TextEncoder:
         """The embeddings of `prompt` seen from four sides and of the unconditional text.
 
         Raises:
-            SDIFastError: for a prompt that validate_prompt refuses.
+            SDIFastError: for a prompt that check_prompt refuses.
         """
-        text = validate_prompt(prompt)
-        negative = validate_prompt(negative_prompt, "negative_prompt", allow_empty=True)
+        text = check_prompt(prompt)
+        negative = check_prompt(negative_prompt, "negative_prompt", allow_empty=True)
         embeddings = self.embed([*(f"{text}, {view} view" for view in VIEW_NAMES), negative])
         return PromptEmbeddings(embeddings[:-1], embeddings[-1])
 

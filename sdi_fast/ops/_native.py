@@ -144,7 +144,7 @@ def field_numbers(spec: FieldSpec) -> GridNumbers:
 @functools.lru_cache(maxsize=64)
 def native_grid(numbers: GridNumbers) -> Any:
     """The extension's GridSpec of `grid_numbers(spec)`."""
-    spec = HashGridSpec(*(int(n) for n in numbers[:4]), per_level_scale=numbers[4])
+    spec = HashGridSpec(*map(int, numbers[:4]), per_level_scale=numbers[4])  # type: ignore[misc]
     return extension().GridSpec(
         spec.n_features,
         list(spec.scales),

@@ -39,7 +39,10 @@ def composite(
         samples.packed_info,
         directions.detach(),
     )
-    return Composited(*sums, weights=weights.detach())
+    rgb_sum, opacity, depth, normal_sum, z_variance, orient = sums
+    return Composited(
+        rgb_sum, opacity, depth, normal_sum, z_variance, orient, weights.detach()
+    )
 
 
 _INPUTS = (
