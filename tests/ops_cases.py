@@ -97,7 +97,7 @@ def calm_points(
 def field_inputs(
     spec: FieldSpec, n: int, active_levels: int, dtype: torch.dtype = F64, seed: int = 0
 ) -> tuple[Tensor, FieldParams]:
-    """Points and parameters (leaves that require gradients), the same numbers in both precisions."""
+    """Points and parameters (leaves with gradients), the same numbers in both precisions."""
     base = random_field(spec, dtype=torch.float32, seed=seed)
     x = calm_points(spec, base, n, active_levels, seed=seed)
     leaves = [t.to(dtype).requires_grad_() for t in base.tensors()]

@@ -2,13 +2,12 @@
 // design.md, "The normal needs no second derivative"). Twin: autograd of reference/field.py.
 //
 // Samples go in chunks of kChunk. A chunk recomputes the forward pack by pack and leaves
-//   - its own sums for the MLP weights: W1 += (1[h>0] w2) x (gl e + J p), V1 += gate x e, and so
-//   on,
+//   - its own sums for the MLP weights: W1 += (1[h>0] w2) x (gl e + J p), V1 += gate x e, and so on,
 //   - per sample and feature, what the scatter needs: first = cotangent of e, second = q, and p.
 // A batch of chunks is then reduced in the order of the chunks, in double, and scattered level by
 // level (cpu/table_grad.h). Chunks do not depend on the number of threads, so neither do the
-// results. Recomputed: everything. Precision: T within a chunk. Bytes per sample: 8 L F gathered,
-// 16 L F scattered, 2 L F + 6 written and read in between.
+// results. Recomputed: everything. Precision: T within a chunk. Numbers per sample: 8 L F gathered,
+// 8 L F read and written by the scatter, 2 L F + 6 written and read in between.
 #include "dispatch.h"
 #include "field_weights.h"
 #include "pack.h"

@@ -2,7 +2,7 @@
 //
 // One lane a sample: hash gather, both MLPs and the closed-form normal of a whole pack in one go;
 // packs are shared out between the threads. Nothing is kept for the backward. Precision: T.
-// Bytes per sample: 8 L F numbers gathered, 3 read, 7 written.
+// Numbers per sample: 8 L F gathered, 3 read, 7 written.
 #include "dispatch.h"
 #include "field_weights.h"
 #include "pack.h"

@@ -5,7 +5,7 @@
 // their features zeroed. Backward: feature gradients are transposed a block at a time, then every
 // level's slice of the table is scattered by the thread that owns the level (cpu/table_grad.h);
 // grad_x recomputes the corners. Precision: T throughout.
-// Bytes per sample and level: 8 F numbers gathered, 8 F read and written by the scatter.
+// Numbers per sample and level: 8 F gathered, 8 F read and written by the scatter.
 #include "../hash_encode.h"
 
 #include "../math/grid.h"

@@ -1,8 +1,8 @@
 // The occupancy grid's update on the CPU (methods.md D, Marching).
 // Twin: sdi_fast/reference/occupancy.py.
 //
-// Serial: 32768 cells. A cell given more than once decays once and takes its largest value. The
-// mean is in double. Bytes per cell: 4 to 8 read and written, 1 written.
+// Serial: 32768 cells. A cell given more than once decays once and takes its largest value.
+// Precision: T, the mean's sum in double. Per cell: 1 number read and written, a byte written.
 #include "dispatch.h"
 #include "parallel.h"
 #include "ranges.h"
