@@ -3,8 +3,8 @@
 //
 // One lane a ray (math/background.h). The backward recomputes the forward; a chunk of rays keeps
 // its weight gradients in lane sums, and the chunks are added in their order, in double: the result
-// does not depend on the number of threads. Precision: T within a chunk. Numbers per ray: 3 read and
-// 3 written forward, 6 read backward.
+// does not depend on the number of threads. Precision: T within a chunk. Numbers per ray: 3 read
+// and 3 written forward, 6 read backward.
 #include "../math/background.h"
 
 #include "dispatch.h"

@@ -1,8 +1,10 @@
 // The radiance field on the CPU, backward, the normal's second-order part included (methods.md D;
-// design.md, "The normal needs no second derivative"). Twin: autograd of reference/field.py.
+// design.md, "The normal needs no second derivative").
+// Twin: autograd through sdi_fast/reference/field.py.
 //
 // Samples go in chunks of kChunk. A chunk recomputes the forward pack by pack and leaves
-//   - its own sums for the MLP weights: W1 += (1[h>0] w2) x (gl e + J p), V1 += gate x e, and so on,
+//   - its own sums for the MLP weights: W1 += (1[h>0] w2) x (gl e + J p), V1 += gate x e, and so
+//     on,
 //   - per sample and feature, what the scatter needs: first = cotangent of e, second = q, and p.
 // A batch of chunks is then reduced in the order of the chunks, in double, and scattered level by
 // level (cpu/table_grad.h). Chunks do not depend on the number of threads, so neither do the

@@ -1,8 +1,9 @@
-// Marching on the CPU: count, then fill (methods.md D, Marching). Twin: sdi_fast/reference/march.py.
+// Marching on the CPU: count, then fill (methods.md D, Marching).
+// Twin: sdi_fast/reference/march.py.
 //
-// One thread walks a ray, one lane a step (math/march.h); both passes make the same decisions. Built
-// without fused multiply-add, so that they are the twin's too. Precision: T. Bytes per step: 1
-// read; per sample kept: 8 bytes and 2 numbers written.
+// One thread walks a ray, one lane a step (math/march.h); both passes make the same decisions.
+// Built without fused multiply-add, so that they are the twin's too. Precision: T. Bytes per step:
+// 1 read; per sample kept: 8 bytes and 2 numbers written.
 #include "../math/march.h"
 
 #include "dispatch.h"

@@ -2,8 +2,8 @@
 // Twin: sdi_fast/reference/prune.py.
 //
 // One thread takes a ray: T = exp(-sum of sigma dt before), summed in double as the twin does, over
-// all samples given. Precision: T per sample, double for the sum. Per sample: 3 numbers read, a byte
-// written; per kept one 8 bytes and 2 numbers written.
+// all samples given. Precision: T per sample, double for the sum. Per sample: 3 numbers read, a
+// byte written; per kept one 8 bytes and 2 numbers written.
 #include "dispatch.h"
 #include "parallel.h"
 #include "ranges.h"
