@@ -1,12 +1,13 @@
-"""Quality of finished runs with the bundled model: silhouettes against the ground truth, caption rank.
+"""Quality of finished runs with the bundled model: silhouettes and captions.
 
-One process a run, so that runs use the machine's cores side by side:
+One process a run, so that runs use the cores side by side:
 
-    python benchmarks/bench_quality.py --out DIR                               # the ten prompts, SDI
-    python benchmarks/bench_quality.py --out DIR --methods sdi sds --n-prompts 3 --seeds 0 1 2
+    python benchmarks/bench_quality.py --out DIR    # the ten prompts, SDI
+    python benchmarks/bench_quality.py --out DIR \\
+        --methods sdi sds --n-prompts 3 --seeds 0 1 2
 
-Writes DIR/results.json (one row a run, conditions beside them) and DIR/views.png (each run's held-out
-views, the ground truth's in the top row of its prompt).
+Writes DIR/results.json (one row a run, conditions beside them) and DIR/views.png (each run's
+held-out views in colour and normals, below the ground truth of its prompt).
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def run_one(job: tuple[Args, str, str, int]) -> dict[str, Any]:
         output = engine.render(camera)
         return output.comp_rgb, output.opacity[..., 0]
 
-    scores = evaluate_run(render, prompt)
+    scores = evaluate_run(render, prompt, device=engine.device)
     views = engine.render(held_out_cameras(height=96, width=96, device=engine.device))
     images = torch.cat([views.comp_rgb, views.comp_normal], dim=1).clamp(0, 1)
     return {
