@@ -117,7 +117,7 @@ def bench_adam(scene: Scene, rounds: int) -> None:
         return backend, lambda: adam_step(*state, 1, 1e-2, (0.9, 0.99), 1e-15, backend=backend)
 
     timings = compare([stepper("reference"), stepper("cpu")], rounds=rounds)
-    report("adam_cpu", timings, {"parameters": table.numel()})
+    report(f"adam_cpu_threads{torch.get_num_threads()}", timings, {"parameters": table.numel()})
 
 
 def main(args: Args) -> None:
@@ -126,11 +126,12 @@ def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
     scene = Scene(args)
     extra = {"size": args.size, "views": args.views, "step": args.step, **check(scene)}
+    name = f"render_cpu_{args.size}_threads{args.threads}"
     backends = ("reference", "cpu")
     full = compare([(b, lambda b=b: scene.step(b)) for b in backends], rounds=args.rounds)
-    report(f"render_cpu_{args.size}", full, {"what": "forward + backward", **extra})
+    report(name, full, {"what": "forward + backward", **extra})
     forward = compare([(b, lambda b=b: scene.image(b)) for b in backends], rounds=args.rounds)
-    report(f"render_cpu_{args.size}_forward", forward, {"what": "forward", **extra})
+    report(f"{name}_forward", forward, {"what": "forward", **extra})
     bench_adam(scene, args.rounds)
 
 

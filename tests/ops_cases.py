@@ -32,7 +32,9 @@ def rand(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
 
 
 def cotangents(outputs: Sequence[Tensor], seed: int = 100) -> list[Tensor]:
-    return [randn(*o.shape, seed=seed + i, dtype=o.dtype) for i, o in enumerate(outputs)]
+    return [
+        randn(*o.shape, seed=seed + i, dtype=o.dtype).to(o.device) for i, o in enumerate(outputs)
+    ]
 
 
 def outputs_and_grads(

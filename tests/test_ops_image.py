@@ -213,3 +213,42 @@ def test_non_contiguous_inputs() -> None:
     twin = composite(*wide, samples, directions, backend="cpu")
     for name in (*SUMS, "weights"):
         assert torch.equal(getattr(ours, name), getattr(twin, name)), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 100_003])
+def test_background_on_cuda_matches_twin(n: int) -> None:
+    # the same maths as on the CPU; sums over rays in another order, f64
+    results = []
+    for backend in ("cuda", "reference"):
+        directions, weights = _background_inputs(F64, n)
+        there = directions.cuda()
+        leaves = [w.detach().cuda().requires_grad_() for w in weights]
+        results.append(
+            outputs_and_grads(
+                lambda b=backend, d=there, w=leaves: background(d, *w, backend=b), leaves
+            )
+        )
+    (ours, our_grads), (twin, twin_grads) = results
+    assert worst_error(ours, twin) < F64_TOLERANCE
+    assert worst_error(our_grads, twin_grads) < F64_TOLERANCE
+
+
+@pytest.mark.gpu
+def test_background_on_cuda_is_deterministic_and_takes_the_current_stream() -> None:
+    directions, weights = _background_inputs(torch.float32, 70_000)
+    directions, leaves = directions.cuda(), [w.detach().cuda().requires_grad_() for w in weights]
+
+    def run() -> list[Tensor]:
+        outputs, grads = outputs_and_grads(
+            lambda: background(directions, *leaves, backend="cuda"), leaves
+        )
+        return outputs + grads
+
+    first = run()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        second = run()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
