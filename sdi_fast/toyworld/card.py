@@ -37,6 +37,8 @@ def write_card(folder: Path, log: dict[str, Any]) -> None:
         seconds = f"{phase['seconds']:.0f}"
         return f"| {title} | {count[name]} | {phase['steps']} | {seconds} | {measure} |"
 
+    earlier = [run["note"] for run in log.get("earlier_runs", []) if "note" in run]
+    notes = "".join(f"Counted in the seconds only: {note}.\n" for note in earlier)
     command = RETRAIN.format(vae=vae["seconds"], unet=unet["seconds"], scorer=scorer["seconds"])
     text = f"""# toyworld: a tiny text-to-image pipeline
 
@@ -66,7 +68,7 @@ On {log["device"]}, torch {log["torch"]}, seed {log["seed"]}; AdamW, cosine to 0
 | CLIPTextModel | {count["text_encoder"]} | with the UNet | | |
 {row("scorer", "scorer", scorer, f"top-1 {top1:.3f}")}
 
-The loss at every step logged stands in train_log.json. Weights: fp16, {size:.1f} MB in all.
+{notes}The loss at every step logged stands in train_log.json. Weights: fp16, {size:.1f} MB in all.
 
 ## Samples
 Plain DDIM, 50 steps, guidance 5 (paper's convention), seed 0:
