@@ -102,7 +102,9 @@ class Engine:
 
         backend = config.engine.backend
         self.generator = torch.Generator("cpu").manual_seed(config.engine.seed)
-        self.field = NeRFField(config.field, generator=self.generator, backend=backend).to(self.device)
+        self.field = NeRFField(config.field, generator=self.generator, backend=backend).to(
+            self.device
+        )
         self.background = EnvironmentBackground(generator=self.generator, backend=backend).to(
             self.device
         )
@@ -307,5 +309,3 @@ class Engine:
         self.global_step, self.bad_steps = (int(v) for v in tensors["engine.counters"])
         rows = tensors["engine.history"].tolist()
         self.history = [dict(zip(HISTORY_COLUMNS, row, strict=True)) for row in rows]
-
-

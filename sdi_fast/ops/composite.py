@@ -40,9 +40,7 @@ def composite(
         directions.detach(),
     )
     rgb_sum, opacity, depth, normal_sum, z_variance, orient = sums
-    return Composited(
-        rgb_sum, opacity, depth, normal_sum, z_variance, orient, weights.detach()
-    )
+    return Composited(rgb_sum, opacity, depth, normal_sum, z_variance, orient, weights.detach())
 
 
 _INPUTS = (
