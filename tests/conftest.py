@@ -16,7 +16,11 @@ from torch import Tensor
 
 from sdi_fast.types import FieldParams, FieldSpec, HashGridSpec
 
-GOLDEN = Path(__file__).parent / "golden"
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "golden"
+# Working folder of child processes. Python puts it first on their path, so that it must not be the
+# source tree: they have to import the sdi_fast that these tests do, with its built extension.
+CHILD_CWD = TESTS
 
 # FieldParams' members and EnvironmentBackground's, as the golden data names them
 GOLDEN_FIELD_NAMES = {

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CHILD_CWD
 
 from sdi_fast.checkpoint import (
     check_same_run,
@@ -259,7 +260,7 @@ print(n, last)
 def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path: Path, mode: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", KILLED, str(tmp_path), mode],
-        cwd=Path(__file__).parents[1],
+        cwd=CHILD_CWD,
         capture_output=True,
         text=True,
         timeout=120,

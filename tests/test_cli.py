@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import CHILD_CWD
 from rich.console import Console
 
 from sdi_fast import __version__, cli, doctor
@@ -21,8 +22,6 @@ from sdi_fast.config import Config, toyworld_config
 from sdi_fast.config_io import config_to_yaml
 from sdi_fast.engine import Engine, NonFiniteError, StepMetrics
 from sdi_fast.progress import Reporter, StopOnSignal, Stopped, format_seconds
-
-ROOT = Path(__file__).parents[1]
 
 
 def parse(*arguments: str) -> Any:
@@ -48,7 +47,7 @@ def test_version_and_help_need_no_torch() -> None:
         "assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=CHILD_CWD, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"sdi-fast {__version__}\n")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import CHILD_CWD
 from tiny_sd import make_tiny_sd
 
 from sdi_fast import cli
@@ -20,7 +21,6 @@ from sdi_fast.config_io import config_from_yaml
 from sdi_fast.engine import Engine, StepMetrics
 from sdi_fast.runs import prompt_slug
 
-ROOT = Path(__file__).parents[1]
 SMALL = [
     "camera.height=16", "camera.width=16", "render.n_samples_per_ray=32", "field.n_levels=3",
     "field.log2_hashmap_size=8", "field.base_resolution=4", "field.start_level=2",
@@ -132,7 +132,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "sdi_fast.cli", *arguments],
-        cwd=ROOT,
+        cwd=CHILD_CWD,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

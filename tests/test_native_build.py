@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CHILD_CWD
 
 import sdi_fast
 from sdi_fast.ops import _native
@@ -32,6 +33,7 @@ def _try(
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
+        cwd=CHILD_CWD,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import CHILD_CWD
 
 from sdi_fast.checkpoint import write_checkpoint
 from sdi_fast.config import Config, ModelConfig, config_to_dict, toyworld_config
@@ -162,7 +163,7 @@ with open_run(sys.argv[1], "a mug"):
 def test_two_processes_cannot_write_one_folder_and_a_killed_one_lets_go(tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)],
-        cwd=Path(__file__).parents[1],
+        cwd=CHILD_CWD,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
