@@ -11,6 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small tests are s
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: nothing above does that
+
 from safetensors.torch import load_file
 from torch import Tensor
 

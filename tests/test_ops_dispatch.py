@@ -157,6 +157,16 @@ def test_unknown_and_unavailable_backends() -> None:
         background(x, rand(16, 9), rand(16, 16), rand(3, 16), backend="cuda")
 
 
+def test_triton_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    normals = rand(1, 9, 9, 3)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SDIFastError, match='backend: "triton" takes cuda tensors .*, got cpu ones'):
+        convexity_loss(normals, backend="triton")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SDIFastError, match='backend: "triton" needs Triton; run `pip install'):
+        convexity_loss(normals, backend="triton")
+
+
 def _bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
     """What the message has to say, and the call."""
     x, params = field_inputs(SPEC, 5, 3)

@@ -1,4 +1,4 @@
-"""The only importer of the C++ extension `sdi_fast._C`.
+"""Backends: the only importer of the C++ extension `sdi_fast._C`, and who runs an op.
 
 The extension is torch-free: it takes raw pointers as integers. It is loaded at the first call that
 asks for it, and why it could not be loaded is kept for `sdi-fast doctor`.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import os
 from types import ModuleType
 from typing import Any
 
@@ -62,10 +64,11 @@ def extension() -> Any:
 
 
 def resolve_backend(op: str, tensor: Tensor, backend: str, native: tuple[str, ...]) -> str:
-    """The backend that runs `op` on `tensor`: "reference", "cpu" or "cuda".
+    """The backend that runs `op` on `tensor`: "reference", "cpu", "cuda" or "triton".
 
     `native` lists the backends other than "reference" that the op has code for. "auto" takes the
     native one of the tensor's device when it is there; a name that cannot be had is an error.
+    "auto" never takes "triton": that has not been measured against the others yet.
     """
     device = tensor.device.type
     if backend == "reference":
@@ -74,14 +77,17 @@ def resolve_backend(op: str, tensor: Tensor, backend: str, native: tuple[str, ..
         if device in native and (has_cuda() if device == "cuda" else is_available()):
             return device
         return "reference"
-    if backend not in ("cpu", "cuda"):
+    if backend not in ("cpu", "cuda", "triton"):
         raise SDIFastError(
-            f'backend: expected "auto", "reference", "cpu" or "cuda", got {backend!r}'
+            f'backend: expected "auto", "reference", "cpu", "cuda" or "triton", got {backend!r}'
         )
     if backend not in native:
         raise SDIFastError(
             f'backend: {op} has no "{backend}" kernel yet; use "reference" or "auto"'
         )
+    if backend == "triton":
+        _check_triton(device)
+        return backend
     if device != backend:
         raise SDIFastError(f'backend: "{backend}" takes {backend} tensors, got {device} ones')
     extension()
@@ -91,6 +97,17 @@ def resolve_backend(op: str, tensor: Tensor, backend: str, native: tuple[str, ..
             "run `SDI_FAST_CUDA=ON pip install .` in the source folder"
         )
     return backend
+
+
+def _check_triton(device: str) -> None:
+    """Raise SDIFastError unless Triton is there and runs on such tensors."""
+    if importlib.util.find_spec("triton") is None:
+        raise SDIFastError('backend: "triton" needs Triton; run `pip install triton`')
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise SDIFastError(
+            f'backend: "triton" takes cuda tensors (others with TRITON_INTERPRET=1), got {device} '
+            "ones"
+        )
 
 
 def n_threads() -> int:

@@ -1,4 +1,7 @@
-"""Volume rendering sums along rays (methods.md D, Compositing). Kernel: csrc/cpu/composite.cpp."""
+"""Volume rendering sums along rays (methods.md D, Compositing).
+
+Kernels: csrc/cpu/composite.cpp, sdi_fast/kernels/composite.py (Triton).
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,11 @@ def composite(
     check_tensor("rgb", rgb, (samples.n_samples, 3), like=density)
     check_tensor("normal", normal, (samples.n_samples, 3), like=density)
     check_tensor("directions", directions, (samples.packed_info.shape[0], 3), like=density)
-    if resolve_backend("composite", density, backend, ("cpu",)) == "reference":
+    chosen = resolve_backend("composite", density, backend, ("cpu", "triton"))
+    if chosen == "reference":
         return composite_reference(density, rgb, normal, samples, directions)
-    *sums, weights = _forward(
+    forward = _triton_forward if chosen == "triton" else _forward
+    *sums, weights = forward(
         density,
         rgb,
         normal,
@@ -54,11 +59,11 @@ _GRADS = (
 )
 
 
-@torch.library.custom_op(
-    "sdi_fast::composite_fwd",
-    mutates_args=(),
-    schema=_INPUTS.format("") + " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+_FORWARD = _INPUTS.format("") + " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_BACKWARD = _INPUTS.format(_SAVED + _GRADS) + " -> (Tensor, Tensor, Tensor)"
+
+
+@torch.library.custom_op("sdi_fast::composite_fwd", mutates_args=(), schema=_FORWARD)
 def _forward(*args: Tensor) -> tuple[Tensor, ...]:
     """rgb, opacity, depth, normal_sum, z_variance, orient, weights, as in Composited."""
     given = [t.contiguous() for t in args]
@@ -70,11 +75,7 @@ def _forward(*args: Tensor) -> tuple[Tensor, ...]:
     return (*sums, weights)
 
 
-@torch.library.custom_op(
-    "sdi_fast::composite_bwd",
-    mutates_args=(),
-    schema=_INPUTS.format(_SAVED + _GRADS) + " -> (Tensor, Tensor, Tensor)",
-)
+@torch.library.custom_op("sdi_fast::composite_bwd", mutates_args=(), schema=_BACKWARD)
 def _backward(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of density, rgb and normal."""
     given = [t.contiguous() for t in args]
@@ -84,18 +85,34 @@ def _backward(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return grads[0], grads[1], grads[2]
 
 
+@torch.library.custom_op("sdi_fast::composite_triton_fwd", mutates_args=(), schema=_FORWARD)
+def _triton_forward(*args: Tensor) -> tuple[Tensor, ...]:
+    from ..kernels.composite import composite_fwd  # here, since Triton is optional
+
+    return composite_fwd(*args)
+
+
+@torch.library.custom_op("sdi_fast::composite_triton_bwd", mutates_args=(), schema=_BACKWARD)
+def _triton_backward(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels.composite import composite_bwd
+
+    return composite_bwd(*args)
+
+
 def _empty_sums(density: Tensor, n_rays: int) -> tuple[Tensor, ...]:
     shapes = ((n_rays, 3), (n_rays,), (n_rays,), (n_rays, 3), (n_rays,), (n_rays,))
     return tuple(density.new_empty(shape) for shape in shapes)
 
 
 @_forward.register_fake
+@_triton_forward.register_fake
 def _(*args: Tensor) -> tuple[Tensor, ...]:
     density, directions = args[0], args[6]
     return (*_empty_sums(density, directions.shape[0]), density.new_empty(density.shape))
 
 
 @_backward.register_fake
+@_triton_backward.register_fake
 def _(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     density, rgb, normal = (t.new_empty(t.shape) for t in args[:3])
     return density, rgb, normal
@@ -106,9 +123,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*inputs, weights, opacity, depth, z_variance)
 
 
-def _autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    # the last cotangent, of weights, is not passed on: they are for inspection
-    return *_backward(*ctx.saved_tensors, *grads[:6]), None, None, None, None
+def _register_autograd(forward: Any, backward: Any) -> None:
+    def autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # the last cotangent, of weights, is not passed on: they are for inspection
+        return *backward(*ctx.saved_tensors, *grads[:6]), None, None, None, None
+
+    forward.register_autograd(autograd, setup_context=_setup_context)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_register_autograd(_forward, _backward)
+_register_autograd(_triton_forward, _triton_backward)

@@ -1,4 +1,7 @@
-"""The convexity loss on a normal map (methods.md D, Losses). Kernel: csrc/cpu/convexity.cpp."""
+"""The convexity loss on a normal map (methods.md D, Losses).
+
+Kernels: csrc/cpu/convexity.cpp, sdi_fast/kernels/convexity.py (Triton).
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,17 @@ def convexity_loss(
     check_tensor("normals", normals, (None, None, None, 3))
     if normals.numel() == 0:
         raise SDIFastError(f"normals: expected at least one pixel, got {list(normals.shape)}")
-    if resolve_backend("convexity_loss", normals, backend, ("cpu",)) == "reference":
+    chosen = resolve_backend("convexity_loss", normals, backend, ("cpu", "triton"))
+    if chosen == "reference":
         return convexity_loss_reference(normals)
-    return _forward(normals)
+    return (_triton_forward if chosen == "triton" else _forward)(normals)
 
 
-@torch.library.custom_op(
-    "sdi_fast::convexity_fwd", mutates_args=(), schema="(Tensor normals) -> Tensor"
-)
+_FORWARD = "(Tensor normals) -> Tensor"
+_BACKWARD = "(Tensor normals, Tensor grad) -> Tensor"
+
+
+@torch.library.custom_op("sdi_fast::convexity_fwd", mutates_args=(), schema=_FORWARD)
 def _forward(normals: Tensor) -> Tensor:
     normals = normals.contiguous()
     loss = normals.new_empty(())
@@ -40,9 +46,7 @@ def _forward(normals: Tensor) -> Tensor:
     return loss
 
 
-@torch.library.custom_op(
-    "sdi_fast::convexity_bwd", mutates_args=(), schema="(Tensor normals, Tensor grad) -> Tensor"
-)
+@torch.library.custom_op("sdi_fast::convexity_bwd", mutates_args=(), schema=_BACKWARD)
 def _backward(normals: Tensor, grad: Tensor) -> Tensor:
     normals, grad = normals.contiguous(), grad.contiguous()
     grad_normals = torch.zeros_like(normals)
@@ -50,12 +54,28 @@ def _backward(normals: Tensor, grad: Tensor) -> Tensor:
     return grad_normals
 
 
+@torch.library.custom_op("sdi_fast::convexity_triton_fwd", mutates_args=(), schema=_FORWARD)
+def _triton_forward(normals: Tensor) -> Tensor:
+    from ..kernels.convexity import convexity_fwd  # here, since Triton is optional
+
+    return convexity_fwd(normals)
+
+
+@torch.library.custom_op("sdi_fast::convexity_triton_bwd", mutates_args=(), schema=_BACKWARD)
+def _triton_backward(normals: Tensor, grad: Tensor) -> Tensor:
+    from ..kernels.convexity import convexity_bwd
+
+    return convexity_bwd(normals, grad)
+
+
 @_forward.register_fake
+@_triton_forward.register_fake
 def _(normals: Tensor) -> Tensor:
     return normals.new_empty(())
 
 
 @_backward.register_fake
+@_triton_backward.register_fake
 def _(normals: Tensor, grad: Tensor) -> Tensor:
     return normals.new_empty(normals.shape)
 
@@ -64,8 +84,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _autograd(ctx: Any, grad: Tensor) -> Tensor:
-    return _backward(*ctx.saved_tensors, grad)
+def _register_autograd(forward: Any, backward: Any) -> None:
+    def autograd(ctx: Any, grad: Tensor) -> Tensor:
+        return backward(*ctx.saved_tensors, grad)
+
+    forward.register_autograd(autograd, setup_context=_setup_context)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_register_autograd(_forward, _backward)
+_register_autograd(_triton_forward, _triton_backward)
