@@ -23,6 +23,30 @@ def _phase(log: dict[str, Any], name: str) -> dict[str, Any]:
     return total
 
 
+def _run_line(number: int, run: dict[str, Any]) -> str:
+    """What one run trained, on what, and which cameras its images were seen from."""
+    parts = ", ".join(
+        f"{name} ({run[name]['steps']} steps, {run[name]['seconds']:.0f} s)"
+        for name in ("vae", "scorer", "unet")
+        if name in run
+    )
+    cameras = run.get("cameras")
+    if cameras is None:  # logged before runs had ranges of their own
+        seen = "the official camera ranges (methods.md D)"
+    else:
+        low, high = cameras["distance_range"]
+        narrow, wide = cameras["fovy_range"]
+        seen = (
+            f"distance {low} to {high}, fovy {narrow:.0f} to {wide:.0f} degrees, position within "
+            f"{cameras['camera_perturb']}, look-at point spread by {cameras['center_perturb']}"
+        )
+    dtype = "bfloat16" if run["settings"]["low_precision"] else "float32"
+    return (
+        f"{number}. {parts}: {run['settings']['n_images']} images seen from {seen}; "
+        f"{run['device']}, {dtype}, torch {run['torch']}, seed {run['seed']}.\n"
+    )
+
+
 def write_card(folder: Path, log: dict[str, Any]) -> None:
     """README.md of the pipeline folder."""
     vae, unet, scorer = (_phase(log, name) for name in ("vae", "unet", "scorer"))
@@ -39,6 +63,8 @@ def write_card(folder: Path, log: dict[str, Any]) -> None:
 
     earlier = [run["note"] for run in log.get("earlier_runs", []) if "note" in run]
     notes = "".join(f"Counted in the seconds only: {note}.\n" for note in earlier)
+    whole_runs = [run for run in [*log.get("earlier_runs", []), log] if "settings" in run]
+    runs = "".join(_run_line(i + 1, run) for i, run in enumerate(whole_runs))
     command = RETRAIN.format(vae=vae["seconds"], unet=unet["seconds"], scorer=scorer["seconds"])
     text = f"""# toyworld: a tiny text-to-image pipeline
 
@@ -52,14 +78,16 @@ so that text-to-3D runs on a CPU, out of the box and with exact ground truth. It
 - Colours: {", ".join(COLOURS)}.
 
 ## Data
-{settings["n_images"]} images a run, rendered by sphere tracing from signed distance functions
-(sdi_fast/toyworld), {PAIR_SHARE:.0%} with two objects, {OVERHEAD_SHARE:.0%} seen from overhead;
-cameras of the text-to-3D runs, perturbations included; half nearly flat albedo, half lit by a
-point light; plain or smooth random backgrounds. {settings["n_holdout"]} images are
-held out. No other data was used.
+Images rendered by sphere tracing from signed distance functions (sdi_fast/toyworld),
+{PAIR_SHARE:.0%} with two objects, {OVERHEAD_SHARE:.0%} seen from overhead; cameras as below,
+perturbed as in text-to-3D runs; half nearly flat albedo, half lit by a point light; plain or smooth
+random backgrounds. {settings["n_holdout"]} images of a run are held out. No other data was used.
 
 ## Training
-On {log["device"]}, torch {log["torch"]}, seed {log["seed"]}; AdamW, cosine to 0, moving average.
+AdamW, cosine to 0, moving average. A later run goes on from the weights of the one before it:
+
+{runs}
+In all:
 
 | part | parameters | steps | seconds | held-out measure |
 |---|---|---|---|---|

@@ -1,8 +1,8 @@
 """The training set: rendered on the device, kept there as bytes.
 
-Four fifths show one object, one fifth two. Cameras are those of the text-to-3D runs (camera.py,
-methods.md D), plus a few overhead ones, so that the word exists. A caption tells kind, colour and
-the view by the rule of methods.md C4, from the unperturbed angles.
+Four fifths show one object, one fifth two. Cameras are those of the text-to-3D runs
+(config.toyworld_config, methods.md D), plus a few overhead ones, so that the word exists. A
+caption tells kind, colour and the view by the rule of methods.md C4, from the unperturbed angles.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..camera import sample_cameras
-from ..config import CameraConfig
+from ..config import toyworld_config
 from ..constants import (
     BACK_AZIMUTH_DEG,
     FRONT_AZIMUTH_DEG,
@@ -50,6 +50,13 @@ class Dataset:
     def batch_images(self, index: Tensor) -> Tensor:
         """[B, 3, 64, 64] f32 in [0, 1], channels last."""
         return self.images[index].permute(0, 3, 1, 2).float() / 255.0
+
+
+def camera_ranges() -> dict[str, Any]:
+    """What the training set's cameras are drawn from, for the log."""
+    camera = toyworld_config().camera
+    names = ("elevation_range", "distance_range", "fovy_range", "camera_perturb", "center_perturb")
+    return {name: getattr(camera, name) for name in names}
 
 
 def view_index(azimuth_deg: Tensor, elevation_deg: Tensor) -> Tensor:
@@ -91,7 +98,7 @@ def build_dataset(
     """Renders `n_images` images on `device`."""
     cpu = torch.Generator().manual_seed(seed)
     gen = torch.Generator(device).manual_seed(seed)
-    base = CameraConfig(height=IMAGE_SIZE, width=IMAGE_SIZE)
+    base = replace(toyworld_config().camera, height=IMAGE_SIZE, width=IMAGE_SIZE)
     colours = torch.tensor(list(COLOURS.values()), device=device)
     names = list(COLOURS)
     size = (n_images, IMAGE_SIZE, IMAGE_SIZE, 3)

@@ -36,6 +36,7 @@ class Settings:
     max_steps: int = 0  # a phase; 0: only the clock
     compile: bool = False
     low_precision: bool = True  # bfloat16 compute
+    unet_lr: float = UNET_LR  # peak
 
 
 def _compiled(function: Any, settings: Settings) -> Any:
@@ -166,7 +167,7 @@ def train_unet(
     levels = alphas_cumprod(device)
     null = torch.tensor(_null_tokens(pipeline), device=device)
     scale, b = float(pipeline.vae.config.scaling_factor), settings.unet_batch
-    budget = Budget("unet", seconds, UNET_LR, settings.max_steps)
+    budget = Budget("unet", seconds, settings.unet_lr, settings.max_steps)
     last_snapshot = 0.0
     while budget.running:
         if snapshot and budget.elapsed - last_snapshot > SNAPSHOT_S:

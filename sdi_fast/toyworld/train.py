@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 
 from ..types import SDIFastError
 from .card import write_card
-from .dataset import build_dataset
+from .dataset import build_dataset, camera_ranges
 from .models import WEIGHT_FILES, load_weights, new_pipeline, save_weights
-from .phases import Settings, train_scorer, train_unet, train_vae
+from .phases import UNET_LR, Settings, train_scorer, train_unet, train_vae
 from .sample import sample_grid
 
 LOG_NAME, GRID_NAME = "train_log.json", "samples.png"
@@ -50,8 +50,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--total-seconds", type=float, default=0.0, help="0: no limit in all")
     parser.add_argument("--images", type=int, default=0, help="size of the training set")
     parser.add_argument("--unet-batch", type=int, default=0)
+    parser.add_argument("--unet-lr", type=float, default=UNET_LR, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="of the networks; auto: bfloat16 on a GPU, float32 on a CPU",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     parser.add_argument("--flat", action="store_true", help="write the carrying form")
     parser.add_argument("--smoke", action="store_true", help="a few steps on few images")
@@ -61,7 +68,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def settings_of(args: argparse.Namespace) -> Settings:
     settings = SMOKE if args.smoke else Settings()
     low = settings.low_precision and args.device != "cpu"
-    settings = replace(settings, compile=args.compile, low_precision=low)
+    if args.precision != "auto":
+        low = args.precision == "bfloat16"
+    settings = replace(settings, compile=args.compile, low_precision=low, unet_lr=args.unet_lr)
     if args.images:
         settings = replace(settings, n_images=args.images)
     if args.unet_batch:
@@ -93,6 +102,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if args.device != "cpu" else "cpu",
         "torch": torch.__version__,
         "resumed": resumed,
+        "cameras": camera_ranges(),
         "parameters": {
             name: sum(p.numel() for p in part.parameters())
             for name, part in pipeline.parts().items()
