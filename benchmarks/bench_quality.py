@@ -159,7 +159,8 @@ def main(args: Args) -> None:
 def save(args: Args, rows: list[dict[str, Any]]) -> None:
     rows = sorted(rows, key=lambda r: (r["prompt"], r["method"], r["seed"]))
     plain = [{k: v for k, v in row.items() if k != "images"} for row in rows]
-    report = {"conditions": conditions(), "args": dataclasses.asdict(args), "runs": plain}
+    settings = {k: v for k, v in dataclasses.asdict(args).items() if k != "out"}
+    report = {"conditions": conditions(), "args": settings, "runs": plain}
     (args.out / "results.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
     if rows:
         contact_sheet(rows, args.out / "views.png")

@@ -43,6 +43,9 @@ class Timing:
 def conditions() -> dict[str, Any]:
     """What a number has to stand beside: processor, versions, threads, commit."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    native = _native.build_info()
+    if native.get("openmp_runtime"):  # which one, not where this machine keeps it
+        native["openmp_runtime"] = Path(native["openmp_runtime"]).name
     return {
         "cpu": _cpu_name(),
         "gpu": gpu,
@@ -50,7 +53,7 @@ def conditions() -> dict[str, Any]:
         "cuda": torch.version.cuda or "",
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "native": _native.build_info(),
+        "native": native,
         "commit": _git("rev-parse", "--short", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
