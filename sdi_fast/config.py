@@ -259,11 +259,11 @@ def schedule_value(schedule: Schedule, step: int) -> float:
 def toyworld_config() -> Config:
     """The settings for the bundled model: 64 x 64 images, made for a CPU.
 
-    Its cameras vary less than the official ones, in training and in use alike. The scores of a
-    model trained on the official range say almost nothing about an object's size and place, and
-    objects then come out up to twice too large or too small. Guidance is weaker and the inversion
-    noisier for the same reason: the inverted noise carries no prior on the size, since what
-    prediction and inversion share of the unconditional score cancels; the noise added to it does.
+    Its cameras vary less than the official ones, in training and in use alike: with the official
+    ranges an object's size and place in the image say little about it, and objects came out far
+    too large, too small, or not at all. Guidance is weaker and the inversion noisier for the same
+    reason, as we understand it: what prediction and inversion share of the unconditional score
+    cancels, so that of the prior on an object's size only what the added noise asks for is left.
     """
     reference = Config(
         model=ModelConfig(id="toyworld"),

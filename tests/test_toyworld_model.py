@@ -19,7 +19,7 @@ from sdi_fast.config import ModelConfig
 from sdi_fast.constants import VIEW_NAMES
 from sdi_fast.diffusion.pipeline import Pipeline, load_pipeline
 from sdi_fast.toyworld import train as training
-from sdi_fast.toyworld.dataset import view_index
+from sdi_fast.toyworld.dataset import camera_ranges, view_index
 from sdi_fast.toyworld.evaluate import EVAL_PROMPTS, evaluate_run, held_out_cameras
 from sdi_fast.toyworld.models import (
     WEIGHT_FILES,
@@ -241,6 +241,23 @@ def test_bundled_log_and_card_cover_every_training() -> None:
     seconds = re.findall(r"--(vae|unet|scorer)-seconds (\d+)", (WEIGHTS / "README.md").read_text())
     assert [name for name, _ in seconds] == ["vae", "unet", "scorer"]
     assert all(int(number) > 0 for _, number in seconds), seconds
+
+
+def test_bundled_denoiser_was_last_trained_for_the_cameras_of_its_runs() -> None:
+    log = json.loads((WEIGHTS / "train_log.json").read_text())
+    assert "unet" in log and log["cameras"] == json.loads(json.dumps(camera_ranges()))
+    low, high = log["cameras"]["distance_range"]
+    assert f"distance {low} to {high}" in (WEIGHTS / "README.md").read_text()
+
+
+def test_training_options_reach_the_settings() -> None:
+    settings = [
+        training.settings_of(training.parse_args(["--out", "x", "--device", "cpu", *more]))
+        for more in ([], ["--precision", "bfloat16", "--unet-lr", "1e-4", "--unet-batch", "64"])
+    ]
+    assert [s.low_precision for s in settings] == [False, True]
+    assert [s.unet_lr for s in settings] == [training.UNET_LR, 1e-4]
+    assert settings[1].unet_batch == 64
 
 
 def test_bundled_pipeline_loads_by_name() -> None:
