@@ -14,9 +14,14 @@ RETRAIN = (
 )
 
 
+def _all_runs(log: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that led to the weights, oldest first, `log`'s own last."""
+    return [*log.get("earlier_runs", []), log]
+
+
 def _phase(log: dict[str, Any], name: str) -> dict[str, Any]:
     """All runs' entries of a phase summed: seconds and steps; measures of the last."""
-    entries = [run[name] for run in [*log.get("earlier_runs", []), log] if name in run]
+    entries = [run[name] for run in _all_runs(log) if name in run]
     total = dict(entries[-1]) if entries else {"seconds": 0.0, "steps": 0}
     for key in ("seconds", "steps"):
         total[key] = sum(entry[key] for entry in entries)
@@ -61,9 +66,9 @@ def write_card(folder: Path, log: dict[str, Any]) -> None:
         seconds = f"{phase['seconds']:.0f}"
         return f"| {title} | {count[name]} | {phase['steps']} | {seconds} | {measure} |"
 
-    earlier = [run["note"] for run in log.get("earlier_runs", []) if "note" in run]
-    notes = "".join(f"Counted in the seconds only: {note}.\n" for note in earlier)
-    whole_runs = [run for run in [*log.get("earlier_runs", []), log] if "settings" in run]
+    noted = [run["note"] for run in _all_runs(log) if "note" in run]
+    notes = "".join(f"Counted in the seconds only: {note}.\n" for note in noted)
+    whole_runs = [run for run in _all_runs(log) if "settings" in run]
     runs = "".join(_run_line(i + 1, run) for i, run in enumerate(whole_runs))
     command = RETRAIN.format(vae=vae["seconds"], unet=unet["seconds"], scorer=scorer["seconds"])
     text = f"""# toyworld: a tiny text-to-image pipeline
