@@ -23,13 +23,4 @@ struct BackgroundArgs {
   int64_t n;
 };
 
-namespace cuda {
-
-// `stream` is a cudaStream_t. Nothing is allocated or synchronised.
-template <class T>
-int launch_background_fwd(const BackgroundArgs<T>& args, void* stream);
-template <class T>
-int launch_background_bwd(const BackgroundArgs<T>& args, void* stream);
-
-}  // namespace cuda
 }  // namespace sdi

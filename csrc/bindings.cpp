@@ -16,6 +16,9 @@
 
 #define SDI_ISA baseline
 #include "cpu/dispatch.h"
+#ifdef SDI_FAST_WITH_CUDA
+#include "cuda/dispatch.h"
+#endif
 
 namespace py = pybind11;
 
@@ -52,17 +55,29 @@ namespace {
 
 using namespace sdi;
 
+// Where and in what precision an op runs; sdi_fast/ops/_native.py builds it.
+constexpr int kDouble = 1, kOnGpu = 2;  // bits of `mode`
+
+#ifdef SDI_FAST_WITH_CUDA
+#define SDI_ON_GPU(name) return cuda::launch_##name<T>(args, queue)
+#else
+#define SDI_ON_GPU(name) return static_cast<int>(kCudaError)  // never asked for
+#endif
+
 // Runs call(T()) with T = double or float, without the interpreter's lock.
 template <class Call>
-int with_type(bool is_double, Call&& call) {
+int with_type(int mode, Call&& call) {
   const py::gil_scoped_release unlocked;
-  return is_double ? call(double()) : call(float());
+  return mode & kDouble ? call(double()) : call(float());
 }
 
-#define SDI_RUN(name, Args, ...)                                 \
-  with_type(is_double, [&](auto zero) {                          \
-    using T = decltype(zero);                                    \
-    return cpu_kernels<T>().name(Args<T>{__VA_ARGS__}, threads); \
+// `queue` is the number of threads, or the stream.
+#define SDI_RUN(name, Args, ...)                                       \
+  with_type(mode, [&](auto zero) {                                     \
+    using T = decltype(zero);                                          \
+    const Args<T> args{__VA_ARGS__};                                   \
+    if (mode & kOnGpu) SDI_ON_GPU(name);                               \
+    return cpu_kernels<T>().name(args, static_cast<int>(queue.value)); \
   })
 
 GridSpec make_grid(int n_features, const std::vector<double>& scales,
@@ -126,33 +141,33 @@ py::dict build_info() {
 }
 
 void bind_field(py::module_& m) {
-  m.def("hash_encode_fwd", [](bool is_double, const GridSpec& grid, int active_levels, int64_t n,
-                              Address x, Address table, Address features, int threads) {
+  m.def("hash_encode_fwd", [](int mode, const GridSpec& grid, int active_levels, int64_t n,
+                              Address x, Address table, Address features, Address queue) {
     return SDI_RUN(hash_encode_fwd, HashEncodeFwdArgs, x, table, features, n, active_levels, grid);
   });
   m.def("hash_encode_bwd",
-        [](bool is_double, const GridSpec& grid, int active_levels, int64_t n, Address x,
-           Address table, Address grad_features, Address grad_table, Address grad_x, int threads) {
+        [](int mode, const GridSpec& grid, int active_levels, int64_t n, Address x, Address table,
+           Address grad_features, Address grad_table, Address grad_x, Address queue) {
           return SDI_RUN(hash_encode_bwd, HashEncodeBwdArgs, x, table, grad_features, grad_table,
                          grad_x, n, active_levels, grid);
         });
-  m.def("density", [](bool is_double, const FieldSpec& spec, int64_t n, Address x, Address table,
-                      Address density_w1, Address density_w2, Address color_w1, Address color_w2,
-                      Address density, int threads) {
-    return SDI_RUN(density, DensityArgs, x, {table, density_w1, density_w2, color_w1, color_w2},
-                   density, n, spec);
-  });
-  m.def("field_fwd", [](bool is_double, const FieldSpec& spec, int64_t n, Address x, Address table,
+  m.def("density",
+        [](int mode, const FieldSpec& spec, int64_t n, Address x, Address table, Address density_w1,
+           Address density_w2, Address color_w1, Address color_w2, Address density, Address queue) {
+          return SDI_RUN(density, DensityArgs, x,
+                         {table, density_w1, density_w2, color_w1, color_w2}, density, n, spec);
+        });
+  m.def("field_fwd", [](int mode, const FieldSpec& spec, int64_t n, Address x, Address table,
                         Address density_w1, Address density_w2, Address color_w1, Address color_w2,
-                        Address density, Address albedo, Address normal, int threads) {
+                        Address density, Address albedo, Address normal, Address queue) {
     return SDI_RUN(field_fwd, FieldFwdArgs, x, {table, density_w1, density_w2, color_w1, color_w2},
                    density, albedo, normal, n, spec);
   });
-  m.def("field_bwd", [](bool is_double, const FieldSpec& spec, int64_t n, Address x, Address table,
+  m.def("field_bwd", [](int mode, const FieldSpec& spec, int64_t n, Address x, Address table,
                         Address density_w1, Address density_w2, Address color_w1, Address color_w2,
                         Address grad_density, Address grad_albedo, Address grad_normal,
                         Address grad_table, Address grad_density_w1, Address grad_density_w2,
-                        Address grad_color_w1, Address grad_color_w2, int threads) {
+                        Address grad_color_w1, Address grad_color_w2, Address queue) {
     return SDI_RUN(field_bwd, FieldBwdArgs, x, {table, density_w1, density_w2, color_w1, color_w2},
                    grad_density, grad_albedo, grad_normal, grad_table, grad_density_w1,
                    grad_density_w2, grad_color_w1, grad_color_w2, n, spec);
@@ -161,43 +176,41 @@ void bind_field(py::module_& m) {
 
 void bind_samples(py::module_& m) {
   const auto bind_march = [&m](const char* name, bool is_fill) {
-    m.def(name, [is_fill](bool is_double, int64_t n_rays, Address origins, Address directions,
+    m.def(name, [is_fill](int mode, int64_t n_rays, Address origins, Address directions,
                           Address jitter, Address occupancy, int resolution, double radius,
                           double step_size, double near, Address counts, Address first_sample,
-                          Address ray_indices, Address t_starts, Address t_ends, int threads) {
-      return with_type(is_double, [&](auto zero) {
-        using T = decltype(zero);
-        const MarchArgs<T> args{origins,      directions,  jitter,    occupancy, counts,
-                                first_sample, ray_indices, t_starts,  t_ends,    n_rays,
-                                resolution,   radius,      step_size, near};
-        const CpuKernels<T>& kernels = cpu_kernels<T>();
-        return is_fill ? kernels.march_fill(args, threads) : kernels.march_count(args, threads);
-      });
+                          Address ray_indices, Address t_starts, Address t_ends, Address queue) {
+      if (is_fill)
+        return SDI_RUN(march_fill, MarchArgs, origins, directions, jitter, occupancy, counts,
+                       first_sample, ray_indices, t_starts, t_ends, n_rays, resolution, radius,
+                       step_size, near);
+      return SDI_RUN(march_count, MarchArgs, origins, directions, jitter, occupancy, counts,
+                     first_sample, ray_indices, t_starts, t_ends, n_rays, resolution, radius,
+                     step_size, near);
     });
   };
   bind_march("march_count", false);
   bind_march("march_fill", true);
   const auto bind_prune = [&m](const char* name, bool is_fill) {
-    m.def(name, [is_fill](bool is_double, int64_t n, int64_t n_rays, Address density,
-                          Address t_starts, Address t_ends, Address packed_info, Address keep,
-                          Address counts, Address first_sample, Address ray_indices_out,
-                          Address t_starts_out, Address t_ends_out, double early_stop_eps,
-                          double alpha_threshold, int threads) {
-      return with_type(is_double, [&](auto zero) {
-        using T = decltype(zero);
-        const PruneArgs<T> args{density, t_starts,     t_ends,          packed_info,    keep,
-                                counts,  first_sample, ray_indices_out, t_starts_out,   t_ends_out,
-                                n,       n_rays,       early_stop_eps,  alpha_threshold};
-        const CpuKernels<T>& kernels = cpu_kernels<T>();
-        return is_fill ? kernels.prune_fill(args, threads) : kernels.prune_count(args, threads);
-      });
+    m.def(name, [is_fill](int mode, int64_t n, int64_t n_rays, Address density, Address t_starts,
+                          Address t_ends, Address packed_info, Address keep, Address counts,
+                          Address first_sample, Address ray_indices_out, Address t_starts_out,
+                          Address t_ends_out, double early_stop_eps, double alpha_threshold,
+                          Address queue) {
+      if (is_fill)
+        return SDI_RUN(prune_fill, PruneArgs, density, t_starts, t_ends, packed_info, keep, counts,
+                       first_sample, ray_indices_out, t_starts_out, t_ends_out, n, n_rays,
+                       early_stop_eps, alpha_threshold);
+      return SDI_RUN(prune_count, PruneArgs, density, t_starts, t_ends, packed_info, keep, counts,
+                     first_sample, ray_indices_out, t_starts_out, t_ends_out, n, n_rays,
+                     early_stop_eps, alpha_threshold);
     });
   };
   bind_prune("prune_count", false);
   bind_prune("prune_fill", true);
   m.def("occupancy_update",
-        [](bool is_double, int64_t n_cells, int64_t m, Address occs, Address cells, Address values,
-           Address occupied, double decay, double threshold, int threads) {
+        [](int mode, int64_t n_cells, int64_t m, Address occs, Address cells, Address values,
+           Address occupied, double decay, double threshold, Address queue) {
           return SDI_RUN(occupancy_update, OccupancyArgs, occs, cells, values, occupied, n_cells, m,
                          decay, threshold);
         });
@@ -205,82 +218,60 @@ void bind_samples(py::module_& m) {
 
 void bind_image(py::module_& m) {
   m.def("shade_fwd",
-        [](bool is_double, int shading, int64_t n, int64_t n_views, Address albedo, Address normal,
-           Address x, Address lights, Address views, Address rgb, int threads) {
+        [](int mode, int shading, int64_t n, int64_t n_views, Address albedo, Address normal,
+           Address x, Address lights, Address views, Address rgb, Address queue) {
           return SDI_RUN(shade_fwd, ShadeArgs, albedo, normal, x, lights, views, rgb, nullptr,
                          nullptr, nullptr, n, n_views, shading);
         });
-  m.def("shade_bwd", [](bool is_double, int shading, int64_t n, int64_t n_views, Address albedo,
+  m.def("shade_bwd", [](int mode, int shading, int64_t n, int64_t n_views, Address albedo,
                         Address normal, Address x, Address lights, Address views, Address grad_rgb,
-                        Address grad_albedo, Address grad_normal, int threads) {
+                        Address grad_albedo, Address grad_normal, Address queue) {
     return SDI_RUN(shade_bwd, ShadeArgs, albedo, normal, x, lights, views, nullptr, grad_rgb,
                    grad_albedo, grad_normal, n, n_views, shading);
   });
   m.def("composite_fwd",
-        [](bool is_double, int64_t n, int64_t n_rays, Address density, Address rgb, Address normal,
+        [](int mode, int64_t n, int64_t n_rays, Address density, Address rgb, Address normal,
            Address t_starts, Address t_ends, Address packed_info, Address directions,
            Address rgb_sum, Address opacity, Address depth, Address normal_sum, Address z_variance,
-           Address orient, Address weights, int threads) {
+           Address orient, Address weights, Address queue) {
           return SDI_RUN(composite_fwd, CompositeFwdArgs, density, rgb, normal, t_starts, t_ends,
                          packed_info, directions, rgb_sum, opacity, depth, normal_sum, z_variance,
                          orient, weights, n, n_rays);
         });
   m.def("composite_bwd",
-        [](bool is_double, int64_t n, int64_t n_rays, Address density, Address rgb, Address normal,
+        [](int mode, int64_t n, int64_t n_rays, Address density, Address rgb, Address normal,
            Address t_starts, Address t_ends, Address packed_info, Address directions,
            Address weights, Address opacity, Address depth, Address z_variance,
            Address grad_rgb_sum, Address grad_opacity, Address grad_depth, Address grad_normal_sum,
            Address grad_z_variance, Address grad_orient, Address grad_density, Address grad_rgb,
-           Address grad_normal, int threads) {
+           Address grad_normal, Address queue) {
           return SDI_RUN(composite_bwd, CompositeBwdArgs, density, rgb, normal, t_starts, t_ends,
                          packed_info, directions, weights, opacity, depth, z_variance, grad_rgb_sum,
                          grad_opacity, grad_depth, grad_normal_sum, grad_z_variance, grad_orient,
                          grad_density, grad_rgb, grad_normal, n, n_rays);
         });
-  m.def("background_fwd", [](bool is_double, int64_t n, Address directions, Address w1, Address w2,
-                             Address w3, Address rgb, int threads) {
+  m.def("background_fwd", [](int mode, int64_t n, Address directions, Address w1, Address w2,
+                             Address w3, Address rgb, Address queue) {
     return SDI_RUN(background_fwd, BackgroundArgs, directions, w1, w2, w3, rgb, nullptr, nullptr,
                    nullptr, n);
   });
-  m.def("background_bwd", [](bool is_double, int64_t n, Address directions, Address w1, Address w2,
-                             Address w3, Address grad_rgb, Address grad_weights, int threads) {
-    return SDI_RUN(background_bwd, BackgroundArgs, directions, w1, w2, w3, nullptr, grad_rgb,
-                   grad_weights, nullptr, n);
-  });
-  m.def("convexity_fwd", [](bool is_double, int64_t batch, int64_t height, int64_t width,
-                            Address normals, Address loss, int threads) {
+  m.def("background_bwd",
+        [](int mode, int64_t n, Address directions, Address w1, Address w2, Address w3,
+           Address grad_rgb, Address grad_weights, Address workspace, Address queue) {
+          return SDI_RUN(background_bwd, BackgroundArgs, directions, w1, w2, w3, nullptr, grad_rgb,
+                         grad_weights, workspace, n);
+        });
+  m.def("convexity_fwd", [](int mode, int64_t batch, int64_t height, int64_t width, Address normals,
+                            Address loss, Address queue) {
     return SDI_RUN(convexity_fwd, ConvexityArgs, normals, loss, nullptr, nullptr, batch, height,
                    width);
   });
-  m.def("convexity_bwd", [](bool is_double, int64_t batch, int64_t height, int64_t width,
-                            Address normals, Address grad_loss, Address grad_normals, int threads) {
+  m.def("convexity_bwd", [](int mode, int64_t batch, int64_t height, int64_t width, Address normals,
+                            Address grad_loss, Address grad_normals, Address queue) {
     return SDI_RUN(convexity_bwd, ConvexityArgs, normals, nullptr, grad_loss, grad_normals, batch,
                    height, width);
   });
 }
-
-#ifdef SDI_FAST_WITH_CUDA
-void bind_cuda(py::module_& m) {
-  m.def("background_fwd_cuda", [](bool is_double, int64_t n, Address directions, Address w1,
-                                  Address w2, Address w3, Address rgb, Address stream) {
-    return with_type(is_double, [&](auto zero) {
-      using T = decltype(zero);
-      const BackgroundArgs<T> args{directions, w1, w2, w3, rgb, nullptr, nullptr, nullptr, n};
-      return cuda::launch_background_fwd<T>(args, stream);
-    });
-  });
-  m.def("background_bwd_cuda",
-        [](bool is_double, int64_t n, Address directions, Address w1, Address w2, Address w3,
-           Address grad_rgb, Address grad_weights, Address workspace, Address stream) {
-          return with_type(is_double, [&](auto zero) {
-            using T = decltype(zero);
-            const BackgroundArgs<T> args{directions, w1,           w2,        w3, nullptr,
-                                         grad_rgb,   grad_weights, workspace, n};
-            return cuda::launch_background_bwd<T>(args, stream);
-          });
-        });
-}
-#endif
 
 }  // namespace
 
@@ -294,13 +285,10 @@ PYBIND11_MODULE(_C, m) {
   bind_field(m);
   bind_samples(m);
   bind_image(m);
-  m.def("adam_step", [](bool is_double, int64_t n, Address param, Address grad, Address exp_avg,
-                        Address exp_avg_sq, int64_t step, double lr, double beta1, double beta2,
-                        double eps, int threads) {
-    return SDI_RUN(adam_step, AdamArgs, param, grad, exp_avg, exp_avg_sq, n, step, lr, beta1, beta2,
-                   eps);
-  });
-#ifdef SDI_FAST_WITH_CUDA
-  bind_cuda(m);
-#endif
+  m.def("adam_step",
+        [](int mode, int64_t n, Address param, Address grad, Address exp_avg, Address exp_avg_sq,
+           int64_t step, double lr, double beta1, double beta2, double eps, Address queue) {
+          return SDI_RUN(adam_step, AdamArgs, param, grad, exp_avg, exp_avg_sq, n, step, lr, beta1,
+                         beta2, eps);
+        });
 }

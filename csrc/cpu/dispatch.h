@@ -5,38 +5,7 @@
 // arguments and the number of OpenMP threads, and returns a Status.
 #pragma once
 
-#include "../adam.h"
-#include "../background.h"
-#include "../composite.h"
-#include "../convexity.h"
-#include "../field.h"
-#include "../hash_encode.h"
-#include "../march.h"
-#include "../occupancy.h"
-#include "../shade.h"
-#include "../status.h"
-
-// name, argument struct
-#define SDI_FOR_EACH_OP(X)              \
-  X(hash_encode_fwd, HashEncodeFwdArgs) \
-  X(hash_encode_bwd, HashEncodeBwdArgs) \
-  X(density, DensityArgs)               \
-  X(field_fwd, FieldFwdArgs)            \
-  X(field_bwd, FieldBwdArgs)            \
-  X(march_count, MarchArgs)             \
-  X(march_fill, MarchArgs)              \
-  X(prune_count, PruneArgs)             \
-  X(prune_fill, PruneArgs)              \
-  X(shade_fwd, ShadeArgs)               \
-  X(shade_bwd, ShadeArgs)               \
-  X(composite_fwd, CompositeFwdArgs)    \
-  X(composite_bwd, CompositeBwdArgs)    \
-  X(background_fwd, BackgroundArgs)     \
-  X(background_bwd, BackgroundArgs)     \
-  X(convexity_fwd, ConvexityArgs)       \
-  X(convexity_bwd, ConvexityArgs)       \
-  X(occupancy_update, OccupancyArgs)    \
-  X(adam_step, AdamArgs)
+#include "../ops.h"
 
 namespace sdi {
 

@@ -7,10 +7,10 @@
 // rays, in order. Blocks leave rows of a workspace that a second kernel adds up in order:
 // deterministic, no atomics. Precision: T throughout. Numbers per ray: 3 read and 3 written
 // forward, 6 read backward.
-#include <cuda_runtime.h>
-
-#include "../background.h"
 #include "../math/background.h"
+
+#include "dispatch.h"
+#include "launch.h"
 
 namespace sdi {
 namespace cuda {
@@ -125,38 +125,31 @@ __global__ void background_reduce_kernel(const BackgroundArgs<T> a, int n_rows) 
   a.grad_weights[k] = sum;
 }
 
-int status_of_last() { return cudaGetLastError() == cudaSuccess ? kOk : kCudaError; }
-
 }  // namespace
 
 template <class T>
 int launch_background_fwd(const BackgroundArgs<T>& args, void* stream) {
   if (args.n == 0) return kOk;
-  const int64_t blocks = (args.n + kThreads - 1) / kThreads;
-  if (blocks > 2147483647) return kBadArgument;
-  background_fwd_kernel<T>
-      <<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-  return status_of_last();
+  const unsigned blocks = blocks_for(args.n, kThreads);
+  if (blocks == 0) return kBadArgument;
+  return launch(background_fwd_kernel<T>, blocks, kThreads, 0, stream, args);
 }
 
 template <class T>
 int launch_background_bwd(const BackgroundArgs<T>& args, void* stream) {
-  const cudaStream_t queue = static_cast<cudaStream_t>(stream);
   const int64_t tiles = (args.n + kRays - 1) / kRays;
   const int blocks = static_cast<int>(tiles < kBackgroundMaxBlocks ? tiles : kBackgroundMaxBlocks);
   if (blocks > 0) {
-    background_bwd_kernel<T><<<blocks, kRays, 0, queue>>>(args);
-    if (const int status = status_of_last()) return status;
+    const int status =
+        launch(background_bwd_kernel<T>, static_cast<unsigned>(blocks), kRays, 0, stream, args);
+    if (status != kOk) return status;
   }
-  background_reduce_kernel<T>
-      <<<(kBackgroundWeights + kThreads - 1) / kThreads, kThreads, 0, queue>>>(args, blocks);
-  return status_of_last();
+  return launch(background_reduce_kernel<T>, blocks_for(kBackgroundWeights, kThreads), kThreads, 0,
+                stream, args, blocks);
 }
 
-template int launch_background_fwd<float>(const BackgroundArgs<float>&, void*);
-template int launch_background_fwd<double>(const BackgroundArgs<double>&, void*);
-template int launch_background_bwd<float>(const BackgroundArgs<float>&, void*);
-template int launch_background_bwd<double>(const BackgroundArgs<double>&, void*);
+SDI_INSTANTIATE_CUDA(background_fwd, BackgroundArgs)
+SDI_INSTANTIATE_CUDA(background_bwd, BackgroundArgs)
 
 }  // namespace cuda
 }  // namespace sdi

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..types import FieldSpec, HashGridSpec, SDIFastError
 
+_ON_GPU = 2  # csrc/bindings.cpp kOnGpu
 _HOW_TO_BUILD = "run `pip install .` in the source folder (needs a C++17 compiler)"
 
 
@@ -116,13 +117,20 @@ def n_threads() -> int:
 
 
 def call(op: str, tensor: Tensor, *args: Any, indices: str = "") -> None:
-    """Run the extension's CPU launcher `op` in `tensor`'s precision; tensors pass as addresses.
+    """Run the extension's launcher `op` on `tensor`'s device and in its precision.
 
-    `indices` names the argument whose entries the launcher checks against their array.
+    Tensors pass as addresses; on a GPU the op is queued on the current stream. `indices` names the
+    argument whose entries the CPU launcher checks against their array.
     """
-    is_double = tensor.dtype == torch.float64
+    mode = int(tensor.dtype == torch.float64)
     raw = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
-    check_status(op, getattr(extension(), op)(is_double, *raw, n_threads()), indices)
+    launcher = getattr(extension(), op)
+    if not tensor.is_cuda:
+        check_status(op, launcher(mode, *raw, n_threads()), indices)
+        return
+    with torch.cuda.device(tensor.device):
+        queue = torch.cuda.current_stream().cuda_stream
+        check_status(op, launcher(mode | _ON_GPU, *raw, queue), indices)
 
 
 def check_status(op: str, status: int, indices: str = "") -> None:

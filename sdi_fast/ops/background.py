@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..reference.background import background as background_reference
 from ._checks import check_tensor
-from ._native import call, check_status, extension, resolve_backend
+from ._native import call, extension, resolve_backend
 
 
 def background(
@@ -41,7 +41,7 @@ def background(
 def _forward(*args: Tensor) -> Tensor:
     directions, w1, w2, w3 = (t.contiguous() for t in args)
     rgb = torch.empty_like(directions)
-    _launch("background_fwd", directions, w1, w2, w3, rgb)
+    call("background_fwd", directions, directions.shape[0], directions, w1, w2, w3, rgb)
     return rgb
 
 
@@ -56,22 +56,11 @@ def _backward(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     directions, w1, w2, w3, grad = (t.contiguous() for t in args)
     n_weights, n_rows = extension().BACKGROUND_WEIGHTS, extension().BACKGROUND_MAX_BLOCKS
     flat = directions.new_empty(n_weights)
-    extra = (directions.new_empty(n_rows, n_weights),) if directions.is_cuda else ()
-    _launch("background_bwd", directions, w1, w2, w3, grad, flat, *extra)
+    workspace = directions.new_empty(n_rows, n_weights) if directions.is_cuda else 0
+    given = (directions.shape[0], directions, w1, w2, w3, grad)
+    call("background_bwd", directions, *given, flat, workspace)
     grads = flat.split([w1.numel(), w2.numel(), w3.numel()])
     return grads[0].view_as(w1).clone(), grads[1].view_as(w2).clone(), grads[2].view_as(w3).clone()
-
-
-def _launch(op: str, directions: Tensor, *args: Tensor) -> None:
-    n = directions.shape[0]
-    if not directions.is_cuda:
-        call(op, directions, n, directions, *args)
-        return
-    with torch.cuda.device(directions.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        addresses = [t.data_ptr() for t in (directions, *args)]
-        is_double = directions.dtype == torch.float64
-        check_status(op, getattr(extension(), op + "_cuda")(is_double, n, *addresses, stream))
 
 
 @_forward.register_fake

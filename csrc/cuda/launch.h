@@ -1,0 +1,40 @@
+// Launching a kernel and reading back whether that worked.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../status.h"
+
+namespace sdi {
+namespace cuda {
+
+constexpr int64_t kMaxBlocks = 2147483647;  // of a grid's first dimension
+
+// Blocks of `threads` that cover n items, one a thread; 0 where n is too large for one grid.
+inline unsigned blocks_for(int64_t n, int threads) {
+  const int64_t blocks = (n + threads - 1) / threads;
+  return blocks > kMaxBlocks ? 0u : static_cast<unsigned>(blocks);
+}
+
+inline int status_of_last() { return cudaGetLastError() == cudaSuccess ? kOk : kCudaError; }
+
+// Dynamic shared memory above 48 KiB has to be asked for once a kernel.
+template <class Kernel>
+bool allow_shared(Kernel* kernel, size_t bytes) {
+  return bytes <= 48 * 1024 ||
+         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes)) == cudaSuccess;
+}
+
+// Every launch goes through here; the emulator of the tests has its own version.
+template <class... Params, class... Args>
+int launch(void (*kernel)(Params...), unsigned blocks, int threads, size_t shared, void* stream,
+           Args&&... args) {
+  kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
+  return status_of_last();
+}
+
+}  // namespace cuda
+}  // namespace sdi
