@@ -18,6 +18,7 @@
 #include "cpu/dispatch.h"
 #ifdef SDI_FAST_WITH_CUDA
 #include "cuda/dispatch.h"
+#include "render.h"
 #endif
 
 namespace py = pybind11;
@@ -273,6 +274,73 @@ void bind_image(py::module_& m) {
   });
 }
 
+#ifdef SDI_FAST_WITH_CUDA
+// Lists, since a call with 30 addresses cannot be read: their order is that of the members.
+RenderViewsArgs make_render_views(const FieldSpec& spec, const std::vector<int64_t>& sizes,
+                                  const std::vector<double>& lengths,
+                                  const std::vector<Address>& at, Address next_tile) {
+  if (sizes.size() != 6 || lengths.size() != 4 || at.size() != 20) {
+    throw py::value_error("render_views: expected 6 sizes, 4 lengths and 20 addresses");
+  }
+  return RenderViewsArgs{at[0],
+                         at[1],
+                         at[2],
+                         at[3],
+                         at[4],
+                         at[5],
+                         at[6],
+                         at[7],
+                         at[8],
+                         at[9],
+                         at[10],
+                         at[11],
+                         at[12],
+                         at[13],
+                         at[14],
+                         at[15],
+                         at[16],
+                         at[17],
+                         at[18],
+                         at[19],
+                         next_tile,
+                         sizes[0],
+                         sizes[1],
+                         sizes[2],
+                         sizes[3],
+                         static_cast<int32_t>(sizes[4]),
+                         static_cast<int32_t>(sizes[5]),
+                         lengths[0],
+                         lengths[1],
+                         lengths[2],
+                         lengths[3],
+                         spec};
+}
+
+// `mode` is there for _native.call: these are for the GPU and f32 alone.
+void bind_render(py::module_& m) {
+  m.def("render_views_words", &render_views_words);
+  m.def("render_views_fwd", [](int, const FieldSpec& spec, const std::vector<int64_t>& sizes,
+                               const std::vector<double>& lengths,
+                               const std::vector<Address>& addresses, Address next_tile,
+                               Address stream) {
+    const RenderViewsArgs args = make_render_views(spec, sizes, lengths, addresses, next_tile);
+    const py::gil_scoped_release unlocked;
+    return cuda::launch_render_views_fwd(args, stream);
+  });
+  m.def("render_views_bwd", [](int, const FieldSpec& spec, const std::vector<int64_t>& sizes,
+                               const std::vector<double>& lengths,
+                               const std::vector<Address>& addresses, Address next_tile,
+                               const std::vector<Address>& at, Address stream) {
+    if (at.size() != 11) throw py::value_error("render_views_bwd: expected 11 addresses");
+    const RenderViewsArgs args = make_render_views(spec, sizes, lengths, addresses, next_tile);
+    const RenderViewsGrads grads{at[0], at[1], at[2], at[3], at[4], at[5],
+                                 at[6], at[7], at[8], at[9], at[10]};
+    const py::gil_scoped_release unlocked;
+    return cuda::launch_render_views_bwd(args, grads, stream);
+  });
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -285,6 +353,9 @@ PYBIND11_MODULE(_C, m) {
   bind_field(m);
   bind_samples(m);
   bind_image(m);
+#ifdef SDI_FAST_WITH_CUDA
+  bind_render(m);
+#endif
   m.def("adam_step",
         [](int mode, int64_t n, Address param, Address grad, Address exp_avg, Address exp_avg_sq,
            int64_t step, double lr, double beta1, double beta2, double eps, Address queue) {

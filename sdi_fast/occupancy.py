@@ -74,6 +74,10 @@ class OccupancyGrid:
         """Mean of density * step size over all cells: the bound of the alpha threshold."""
         return float(self.occs.mean())
 
+    def mean_tensor(self) -> Tensor:
+        """`mean()` as a tensor [] on the grid's device, without waiting for it."""
+        return self.occs.mean()
+
     def state_dict(self) -> dict[str, Tensor]:
         """`occs` and `binary` (as uint8), fit for safetensors."""
         return {"occs": self.occs, "binary": self.binary.to(torch.uint8)}

@@ -28,6 +28,27 @@ bool allow_shared(Kernel* kernel, size_t bytes) {
                               static_cast<int>(bytes)) == cudaSuccess;
 }
 
+// Dynamic shared memory of a kernel, as bytes.
+#ifndef SDI_DYNAMIC_SHARED
+#define SDI_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+inline int clear(void* memory, size_t bytes, void* stream) {
+  const cudaError_t error =
+      bytes ? cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)) : cudaSuccess;
+  return error == cudaSuccess ? kOk : kCudaError;
+}
+
+// Blocks for a kernel whose blocks fetch their work: as many as run at once, and at most `needed`.
+inline unsigned persistent_blocks(int per_multiprocessor, int64_t needed) {
+  int device = 0, n = 1;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
+  }
+  const int64_t most = static_cast<int64_t>(n) * per_multiprocessor;
+  return static_cast<unsigned>(needed < most ? needed : most);
+}
+
 // Every launch goes through here; the emulator of the tests has its own version.
 template <class... Params, class... Args>
 int launch(void (*kernel)(Params...), unsigned blocks, int threads, size_t shared, void* stream,

@@ -12,6 +12,7 @@ from .march import march
 from .occupancy import update_occupancy
 from .prune import prune
 from .rays import generate_rays
+from .render_views import render_views
 from .shade import shade
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "hash_encode",
     "march",
     "prune",
+    "render_views",
     "shade",
     "update_occupancy",
 ]
