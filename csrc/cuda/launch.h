@@ -28,9 +28,12 @@ bool allow_shared(Kernel* kernel, size_t bytes) {
                               static_cast<int>(bytes)) == cudaSuccess;
 }
 
-// Dynamic shared memory of a kernel, as bytes.
-#ifndef SDI_DYNAMIC_SHARED
-#define SDI_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+// Dynamic shared memory, as `type name[]`. The emulator (tests/emulator) has its own.
+#ifdef SDI_EMULATE
+#define SDI_DYNAMIC_SHARED(type, name) \
+  type* const name = static_cast<type*>(emulator::dynamic_shared())
+#else
+#define SDI_DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
 #endif
 
 inline int clear(void* memory, size_t bytes, void* stream) {
@@ -49,11 +52,16 @@ inline unsigned persistent_blocks(int per_multiprocessor, int64_t needed) {
   return static_cast<unsigned>(needed < most ? needed : most);
 }
 
-// Every launch goes through here; the emulator of the tests has its own version.
+// Every launch goes through here.
 template <class... Params, class... Args>
 int launch(void (*kernel)(Params...), unsigned blocks, int threads, size_t shared, void* stream,
            Args&&... args) {
+#ifdef SDI_EMULATE
+  static_cast<void>(stream);
+  emulator::launch(kernel, blocks, threads, shared, args...);
+#else
   kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
+#endif
   return status_of_last();
 }
 

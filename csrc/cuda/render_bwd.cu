@@ -477,7 +477,7 @@ __device__ __forceinline__ void add_weights(const RenderViewsGrads& grads, int w
 __global__ void __launch_bounds__(kThreads, kBlocks)
     render_views_bwd_kernel(const RenderViewsArgs a, const RenderViewsGrads grads,
                             const FusedSpec spec) {
-  SDI_DYNAMIC_SHARED(bytes);
+  SDI_DYNAMIC_SHARED(unsigned char, bytes);
   BlockMemory& block = *reinterpret_cast<BlockMemory*>(bytes);
   load_weights(a, spec, block.weights);
   const Weights& weights = block.weights;

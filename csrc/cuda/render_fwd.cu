@@ -222,7 +222,7 @@ __device__ __forceinline__ bool take_samples(const RenderViewsArgs& a, const Fus
 
 __global__ void __launch_bounds__(kThreads, kBlocks)
     render_views_fwd_kernel(const RenderViewsArgs a, const FusedSpec spec) {
-  SDI_DYNAMIC_SHARED(bytes);
+  SDI_DYNAMIC_SHARED(unsigned char, bytes);
   BlockMemory& block = *reinterpret_cast<BlockMemory*>(bytes);
   load_weights(a, spec, block.weights);
   const int lane = threadIdx.x % kWarp;
