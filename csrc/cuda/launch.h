@@ -28,11 +28,24 @@ bool allow_shared(Kernel* kernel, size_t bytes) {
                               static_cast<int>(bytes)) == cudaSuccess;
 }
 
-// Every launch goes through here; the emulator of the tests has its own version.
+// Dynamic shared memory, as `type name[]`. The emulator (tests/emulator) has its own.
+#ifdef SDI_EMULATE
+#define SDI_DYNAMIC_SHARED(type, name) \
+  type* const name = static_cast<type*>(emulator::dynamic_shared())
+#else
+#define SDI_DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
+#endif
+
+// Every launch goes through here.
 template <class... Params, class... Args>
 int launch(void (*kernel)(Params...), unsigned blocks, int threads, size_t shared, void* stream,
            Args&&... args) {
-  kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
+#ifdef SDI_EMULATE
+  static_cast<void>(stream);
+  emulator::launch(kernel, blocks, threads, shared, args...);
+#else
+  kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)> > >(args...);
+#endif
   return status_of_last();
 }
 
