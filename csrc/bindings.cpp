@@ -72,13 +72,19 @@ int with_type(int mode, Call&& call) {
   return mode & kDouble ? call(double()) : call(float());
 }
 
+#ifdef SDI_EMULATE  // tests/emulator: the CUDA kernels run on CPU tensors
+#define SDI_ON_CPU(name) return cuda::launch_##name<T>(args, nullptr)
+#else
+#define SDI_ON_CPU(name) return cpu_kernels<T>().name(args, static_cast<int>(queue.value))
+#endif
+
 // `queue` is the number of threads, or the stream.
-#define SDI_RUN(name, Args, ...)                                       \
-  with_type(mode, [&](auto zero) {                                     \
-    using T = decltype(zero);                                          \
-    const Args<T> args{__VA_ARGS__};                                   \
-    if (mode & kOnGpu) SDI_ON_GPU(name);                               \
-    return cpu_kernels<T>().name(args, static_cast<int>(queue.value)); \
+#define SDI_RUN(name, Args, ...)         \
+  with_type(mode, [&](auto zero) {       \
+    using T = decltype(zero);            \
+    const Args<T> args{__VA_ARGS__};     \
+    if (mode & kOnGpu) SDI_ON_GPU(name); \
+    SDI_ON_CPU(name);                    \
   })
 
 GridSpec make_grid(int n_features, const std::vector<double>& scales,
