@@ -97,6 +97,7 @@ __global__ void poison_kernel(int n, float* seen) {
   memory[threadIdx.x] = threadIdx.x + 100.0f * blockIdx.x;
   fixed[threadIdx.x % 4] = 1;
   __syncthreads();
+  CHECK(fixed[(threadIdx.x + 1) % 4] == 1);
   seen[blockIdx.x * blockDim.x + threadIdx.x] = memory[blockDim.x - 1 - threadIdx.x];
 }
 

@@ -252,8 +252,9 @@ inline void report(const std::string& problem) {
 }
 
 // On a fiber: never returns.
-[[noreturn]] inline void fail(const std::string& problem) {
+[[noreturn]] inline void fail(std::string problem) {
   report("thread " + std::to_string(machine.current->thread) + ": " + problem);
+  problem = std::string();  // nothing unwinds this stack
   for (;;) leave();
 }
 
@@ -459,7 +460,7 @@ inline int run_grid(int64_t blocks, int threads, size_t shared) {
 // Runs the kernel to its end; cudaGetLastError tells whether that worked.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
-            const Args&... args) {
+            const void* /*stream*/, const Args&... args) {
   struct Call {
     void (*kernel)(Params...);
     std::tuple<std::decay_t<Params>...> params;
