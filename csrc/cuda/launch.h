@@ -44,7 +44,7 @@ int launch(void (*kernel)(Params...), unsigned blocks, int threads, size_t share
 #ifdef SDI_EMULATE
   emulator::launch(kernel, blocks, threads, shared, queue, args...);
 #else
-  kernel<<<blocks, threads, shared, queue> > >(args...);
+  kernel<<<blocks, threads, shared, queue>>>(args...);
 #endif
   return status_of_last();
 }
