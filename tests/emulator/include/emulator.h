@@ -10,8 +10,8 @@
 // results that differ show a missing barrier.
 #pragma once
 
-#include <cxxabi.h>
 #include <dlfcn.h>
+#include <signal.h>
 #include <sys/mman.h>
 
 #include <cstdarg>
@@ -267,6 +267,33 @@ inline void report(const std::string& problem) {
   for (;;) leave();
 }
 
+#if !defined(__SANITIZE_ADDRESS__)
+inline struct sigaction action_before;
+
+// Names the thread; then the instruction faults again, for whoever handled faults before.
+inline void on_fault(int signal, siginfo_t* info, void*) {
+  sigaction(signal, &action_before, nullptr);
+  char problem[64];
+  std::snprintf(problem, sizeof problem, "memory fault at %p", info->si_addr);
+  report("thread " + std::to_string(machine.current->thread) + ": " + problem);
+}
+
+// While kernels run.
+struct FaultHandler {
+  FaultHandler() {
+    struct sigaction action{};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaction(SIGSEGV, &action, &action_before);
+  }
+  ~FaultHandler() { sigaction(SIGSEGV, &action_before, nullptr); }
+};
+#else
+struct FaultHandler {
+  ~FaultHandler() {}
+};
+#endif
+
 // --- waiting --------------------------------------------------------------------------------------
 
 inline void release_barrier() {
@@ -454,6 +481,7 @@ inline int run_grid(int64_t blocks, int threads, size_t shared) {
   machine.n_threads = threads;
   machine.has_failed = false;
   prepare_shared(shared);
+  const FaultHandler handler;
   for (int64_t i = 0; i < blocks; ++i) {
     machine.block = is_reversed() ? blocks - 1 - i : i;
     poison_shared(shared);
