@@ -137,6 +137,9 @@ py::dict build_info() {
 #endif
   info["openmp_runtime"] = openmp_runtime();
   info["cpu_isa"] = cpu_isa();
+#ifdef SDI_EMULATE
+  info["is_emulated"] = true;
+#endif
 #ifdef SDI_FAST_WITH_CUDA
   info["cuda_archs"] = SDI_FAST_CUDA_ARCHS;
   info["nvcc"] = SDI_FAST_NVCC;

@@ -32,9 +32,15 @@ from sdi_fast.types import (
 ON_GPU = torch.cuda.is_available()
 EMULATED = not ON_GPU and bool(_native.build_info().get("is_emulated", False))
 DEVICE = "cuda" if ON_GPU else "cpu"
-needs_kernels = pytest.mark.skipif(
-    not (EMULATED or (ON_GPU and _native.has_cuda())), reason="needs CUDA kernels"
-)
+
+
+def needs_kernels(test: Any) -> Any:
+    """Runs on a GPU as a test marked `gpu`, and with emulated kernels without one."""
+    if EMULATED:
+        return test
+    missing = not (ON_GPU and _native.has_cuda())
+    return pytest.mark.gpu(pytest.mark.skipif(missing, reason="needs CUDA kernels")(test))
+
 
 SUMS = ("rgb", "opacity", "depth", "normal_sum", "z_variance", "orient")
 PARAMS = ("table", "density_w1", "density_w2", "color_w1", "color_w2")
@@ -133,8 +139,9 @@ def random_cotangents(camera: Camera) -> list[Tensor]:
 
 
 @needs_kernels
-@pytest.mark.gpu
-@pytest.mark.parametrize("size", [(1, 13, 9), (4, 5, 7)] if EMULATED else [(1, 67, 45), (4, 33, 31)])
+@pytest.mark.parametrize(
+    "size", [(1, 13, 9), (4, 5, 7)] if EMULATED else [(1, 67, 45), (4, 33, 31)]
+)
 @pytest.mark.parametrize("shading", SHADINGS)
 @pytest.mark.parametrize("kind", ["blob", "shell", "random"])
 def test_agrees_with_the_f64_twin(kind: str, shading: str, size: tuple[int, int, int]) -> None:
@@ -161,7 +168,6 @@ def test_agrees_with_the_f64_twin(kind: str, shading: str, size: tuple[int, int,
 
 
 @needs_kernels
-@pytest.mark.gpu
 def test_takes_the_twins_samples() -> None:
     """A grid with holes, rays that start outside, jitter: the same steps as the f32 twin's."""
     scene, camera = make_scene("random"), make_camera(2, 11, 13)
@@ -184,7 +190,6 @@ def test_takes_the_twins_samples() -> None:
 
 
 @needs_kernels
-@pytest.mark.gpu
 def test_alpha_bound_lowers_the_threshold() -> None:
     scene, camera = make_scene("blob"), make_camera(1, 9, 8)
     scene.marching = dataclasses.replace(scene.marching, alpha_threshold=0.5)
@@ -200,12 +205,13 @@ def test_alpha_bound_lowers_the_threshold() -> None:
 
 
 @needs_kernels
-@pytest.mark.gpu
 def test_empty_grid_and_no_rays() -> None:
     scene = make_scene("random")
     scene.occupancy = torch.zeros(16, 16, 16, dtype=torch.bool)
     camera = make_camera(2, 5, 9)
-    sums, grads = scene.run(fused, camera, "diffuse", torch.float32, None, random_cotangents(camera))
+    sums, grads = scene.run(
+        fused, camera, "diffuse", torch.float32, None, random_cotangents(camera)
+    )
     assert sums.counts.tolist() == [0, 0]
     assert all(not getattr(sums, name).any() for name in SUMS)
     assert all(not g.any() for g in grads)
@@ -217,7 +223,6 @@ def test_empty_grid_and_no_rays() -> None:
 
 
 @needs_kernels
-@pytest.mark.gpu
 def test_masked_levels_get_no_gradient() -> None:
     scene, camera = make_scene("random"), make_camera(1, 8, 8)
     scene.active_levels = 3
@@ -231,7 +236,6 @@ def test_masked_levels_get_no_gradient() -> None:
 
 
 @needs_kernels
-@pytest.mark.gpu
 def test_nan_reaches_the_outputs() -> None:
     """A broken weight must show: the engine skips such a step."""
     scene, camera = make_scene("random"), make_camera(1, 8, 8)
@@ -249,7 +253,6 @@ def test_nan_reaches_the_outputs() -> None:
 
 
 @needs_kernels
-@pytest.mark.gpu
 def test_without_gradient_nothing_is_kept_for_it() -> None:
     scene, camera = make_scene("random"), make_camera(1, 9, 9)
     with_grad, _ = scene.run(

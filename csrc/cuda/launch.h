@@ -56,11 +56,11 @@ inline unsigned persistent_blocks(int per_multiprocessor, int64_t needed) {
 template <class... Params, class... Args>
 int launch(void (*kernel)(Params...), unsigned blocks, int threads, size_t shared, void* stream,
            Args&&... args) {
+  const auto queue = static_cast<cudaStream_t>(stream);
 #ifdef SDI_EMULATE
-  static_cast<void>(stream);
-  emulator::launch(kernel, blocks, threads, shared, args...);
+  emulator::launch(kernel, blocks, threads, shared, queue, args...);
 #else
-  kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
+  kernel<<<blocks, threads, shared, queue>>>(args...);
 #endif
   return status_of_last();
 }

@@ -97,6 +97,7 @@ __global__ void poison_kernel(int n, float* seen) {
   memory[threadIdx.x] = threadIdx.x + 100.0f * blockIdx.x;
   fixed[threadIdx.x % 4] = 1;
   __syncthreads();
+  CHECK(fixed[(threadIdx.x + 1) % 4] == 1);
   seen[blockIdx.x * blockDim.x + threadIdx.x] = memory[blockDim.x - 1 - threadIdx.x];
 }
 
@@ -239,16 +240,18 @@ void test_atomics() {
 // --- kernels that have to fail ----------------------------------------------------------------------
 
 __global__ void deadlock_kernel() {
+  if (blockIdx.x == 0) return;
   if (threadIdx.x < 40) {
     __syncthreads();
-  } else if (threadIdx.x < 64) {
-    __syncwarp(0xff000000u | (threadIdx.x < 64 ? 0xffffff00u : 0u) | 1u);
+  } else {
+    __syncwarp(0xffffff01u);
   }
 }
 __global__ void exited_kernel() {
   if (threadIdx.x == 9) return;
   __shfl_xor_sync(kAll, 1.0f, 1);
 }
+__global__ void absent_kernel() { __ballot_sync(kAll, 1); }
 __global__ void mixed_kernel() {
   if (threadIdx.x % 2) {
     __syncwarp();
@@ -257,19 +260,43 @@ __global__ void mixed_kernel() {
   }
 }
 __global__ void mask_kernel() { __syncwarp(0xfffffffeu); }
-__global__ void misaligned_kernel() {
+__global__ void misaligned_row_kernel() {
   __shared__ __align__(16) half tile[16][12];
   uint32_t r[4];
   ldmatrix_x4(r, &tile[threadIdx.x % 16][0]);
 }
+__global__ void misaligned_sum_kernel(float* sums) { red_add_v4(sums + 2, 1, 1, 1, 1); }
+
+__global__ void overrun_dynamic_kernel(int i) {
+  SDI_DYNAMIC_SHARED(float, memory);
+  if (threadIdx.x == 5) memory[i] = 1;
+}
+__global__ void overrun_static_kernel(int i) {
+  __shared__ float memory[32];
+  if (threadIdx.x == 5) memory[i] = 1;
+  __syncthreads();
+  CHECK(memory[threadIdx.x] != 2);
+}
+__global__ void overrun_global_kernel(float* p) {
+  if (threadIdx.x == 5) p[32] = 1;
+}
 
 int run_failing(const char* name) {
+  alignas(16) float sums[8] = {};
+  const std::vector<float> numbers(32);
   const auto is = [name](const char* other) { return std::strcmp(name, other) == 0; };
-  if (is("deadlock")) return launch(deadlock_kernel, 1, 64, 0, nullptr);
+  if (is("deadlock")) return launch(deadlock_kernel, 2, 64, 0, nullptr);
   if (is("exited")) return launch(exited_kernel, 1, 32, 0, nullptr);
+  if (is("absent")) return launch(absent_kernel, 1, 20, 0, nullptr);
   if (is("mixed")) return launch(mixed_kernel, 1, 32, 0, nullptr);
   if (is("mask")) return launch(mask_kernel, 1, 32, 0, nullptr);
-  if (is("misaligned")) return launch(misaligned_kernel, 1, 32, 0, nullptr);
+  if (is("misaligned_row")) return launch(misaligned_row_kernel, 1, 32, 0, nullptr);
+  if (is("misaligned_sum")) return launch(misaligned_sum_kernel, 1, 32, 0, nullptr, &sums[0]);
+  if (is("overrun_dynamic")) return launch(overrun_dynamic_kernel, 1, 32, 128, nullptr, 32);
+  if (is("overrun_static")) return launch(overrun_static_kernel, 1, 32, 0, nullptr, 32);
+  if (is("overrun_global")) {
+    return launch(overrun_global_kernel, 1, 32, 0, nullptr, const_cast<float*>(numbers.data()));
+  }
   return -1;
 }
 

@@ -137,9 +137,9 @@ SDI_HALF2_OPERATOR(*, __hmul2)
 SDI_HALF2_OPERATOR(/, __h2div)
 #undef SDI_HALF2_OPERATOR
 
-inline __half atomicAdd(__half* p, __half value) {
-  return emulator::exchange(p, [value](__half old) { return __hadd(old, value); });
+inline __half atomicAdd(__half* p, __half value, SDI_HERE) {
+  return emulator::exchange(p, at, [value](__half old) { return __hadd(old, value); });
 }
-inline __half2 atomicAdd(__half2* p, __half2 value) {
-  return emulator::exchange(p, [value](__half2 old) { return __hadd2(old, value); });
+inline __half2 atomicAdd(__half2* p, __half2 value, SDI_HERE) {
+  return emulator::exchange(p, at, [value](__half2 old) { return __hadd2(old, value); });
 }

@@ -4,8 +4,8 @@
 namespace emulator {
 
 template <class T, class Change>
-T exchange(T* p, Change change) {
-  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) fail("atomic at a misaligned address");
+T exchange(T* p, Location at, Change change) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) fail(at, "atomic at a misaligned address");
   const T old = *p;
   *p = change(old);
   return old;
@@ -13,11 +13,11 @@ T exchange(T* p, Change change) {
 
 }  // namespace emulator
 
-#define SDI_ATOMIC(name, T, expression)                                                  \
-  inline T name(T* p, T value) {                                                         \
-    return emulator::exchange(p, [value](T old) { return static_cast<T>(expression); }); \
-  }                                                                                      \
-  inline T name##_block(T* p, T value) { return name(p, value); }
+#define SDI_ATOMIC(name, T, expression)                                                      \
+  inline T name(T* p, T value, SDI_HERE) {                                                   \
+    return emulator::exchange(p, at, [value](T old) { return static_cast<T>(expression); }); \
+  }                                                                                          \
+  inline T name##_block(T* p, T value, SDI_HERE) { return name(p, value, at); }
 
 #define SDI_ATOMIC_INTEGERS(name, expression) \
   SDI_ATOMIC(name, int, expression)           \
@@ -48,19 +48,19 @@ SDI_ATOMIC(atomicDec, unsigned, old == 0 || old > value ? value : old - 1)
 #undef SDI_ATOMIC
 
 // sm_90: vectors of floats, in global memory
-inline float2 atomicAdd(float2* p, float2 value) {
+inline float2 atomicAdd(float2* p, float2 value, SDI_HERE) {
   return emulator::exchange(
-      p, [value](float2 old) { return make_float2(old.x + value.x, old.y + value.y); });
+      p, at, [value](float2 old) { return make_float2(old.x + value.x, old.y + value.y); });
 }
-inline float4 atomicAdd(float4* p, float4 value) {
-  return emulator::exchange(p, [value](float4 old) {
+inline float4 atomicAdd(float4* p, float4 value, SDI_HERE) {
+  return emulator::exchange(p, at, [value](float4 old) {
     return make_float4(old.x + value.x, old.y + value.y, old.z + value.z, old.w + value.w);
   });
 }
 
-#define SDI_ATOMIC_CAS(T)                                                              \
-  inline T atomicCAS(T* p, T compare, T value) {                                       \
-    return emulator::exchange(p, [=](T old) { return old == compare ? value : old; }); \
+#define SDI_ATOMIC_CAS(T)                                                                  \
+  inline T atomicCAS(T* p, T compare, T value, SDI_HERE) {                                 \
+    return emulator::exchange(p, at, [=](T old) { return old == compare ? value : old; }); \
   }
 SDI_ATOMIC_CAS(int)
 SDI_ATOMIC_CAS(unsigned)

@@ -1,8 +1,6 @@
 // Barriers and warp primitives.
 #pragma once
 
-#define SDI_HERE emulator::Location at = emulator::Location::here()
-
 inline void __syncthreads(SDI_HERE) { emulator::barrier("__syncthreads", false, at); }
 inline int __syncthreads_count(int predicate, SDI_HERE) {
   return emulator::barrier("__syncthreads", predicate != 0, at);
@@ -50,7 +48,7 @@ T shuffle(const char* primitive, unsigned mask, const T& value, int source, int 
           Location at) {
   static_assert(is_shuffled<T>::value && sizeof(T) <= 8, "a type that shuffles take");
   if (width < 1 || width > kWarp || (width & (width - 1))) {
-    fail(std::string(primitive) + ": width has to be a power of two up to 32, " + text_of(at));
+    fail(at, "%s: width has to be a power of two up to 32, not %d", primitive, width);
   }
   const Shuffled<T> in{value, source};
   return collective<T>(primitive, mask, at, in, [](const auto& lanes) {

@@ -32,8 +32,7 @@ Words load_matrices(const char* primitive, const void* row, bool transposed,
                     emulator::Location at) {
   const int lane = emulator::lane_id();
   if (lane < 8 * count && reinterpret_cast<uintptr_t>(row) % 16) {
-    emulator::fail(std::string(primitive) + ": a row's address is no multiple of 16, " +
-                   emulator::text_of(at));
+    emulator::fail(at, "%s: a row's address is no multiple of 16", primitive);
   }
   return emulator::collective<Words>(primitive, kAll, at, row, [transposed](const auto& lanes) {
     for (int m = 0; m < count; ++m) {
@@ -49,10 +48,10 @@ Words load_matrices(const char* primitive, const void* row, bool transposed,
   });
 }
 
-inline void check_alignment(const char* primitive, const float* p, uintptr_t bytes) {
+inline void check_alignment(const char* primitive, const float* p, unsigned bytes,
+                            emulator::Location at) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) {
-    emulator::fail(std::string(primitive) + ": the address is no multiple of " +
-                   std::to_string(bytes));
+    emulator::fail(at, "%s: the address is no multiple of %u", primitive, bytes);
   }
 }
 
@@ -120,13 +119,13 @@ inline uint32_t movmatrix_trans(uint32_t x, SDI_HERE) {
       });
 }
 
-inline void red_add_v2(float* p, float x, float y) {
-  emulated::check_alignment("red_add_v2", p, 8);
+inline void red_add_v2(float* p, float x, float y, SDI_HERE) {
+  emulated::check_alignment("red_add_v2", p, 8, at);
   p[0] += x;
   p[1] += y;
 }
-inline void red_add_v4(float* p, float x, float y, float z, float w) {
-  emulated::check_alignment("red_add_v4", p, 16);
+inline void red_add_v4(float* p, float x, float y, float z, float w, SDI_HERE) {
+  emulated::check_alignment("red_add_v4", p, 16, at);
   p[0] += x;
   p[1] += y;
   p[2] += z;

@@ -10,10 +10,11 @@
 // results that differ show a missing barrier.
 #pragma once
 
-#include <cxxabi.h>
 #include <dlfcn.h>
+#include <signal.h>
 #include <sys/mman.h>
 
+#include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -61,6 +62,9 @@ struct Location {
     return {file, line, function};
   }
 };
+
+// A primitive's last parameter.
+#define SDI_HERE emulator::Location at = emulator::Location::here()
 
 enum class State { kReady, kBarrier, kWarp, kExited };
 
@@ -251,11 +255,44 @@ inline void report(const std::string& problem) {
   std::fputs(text.c_str(), stderr);
 }
 
-// On a fiber: never returns.
-[[noreturn]] inline void fail(const std::string& problem) {
-  report("thread " + std::to_string(machine.current->thread) + ": " + problem);
+// On a fiber: never returns, so that nothing may be held in a string here.
+[[noreturn]] __attribute__((format(printf, 2, 3))) inline void fail(const Location& at,
+                                                                    const char* format, ...) {
+  char problem[512];
+  va_list values;
+  va_start(values, format);
+  std::vsnprintf(problem, sizeof problem, format, values);
+  va_end(values);
+  report("thread " + std::to_string(machine.current->thread) + ": " + problem + ", " + text_of(at));
   for (;;) leave();
 }
+
+#if !defined(__SANITIZE_ADDRESS__)
+inline struct sigaction action_before;
+
+// Names the thread; then the instruction faults again, for whoever handled faults before.
+inline void on_fault(int signal, siginfo_t* info, void*) {
+  sigaction(signal, &action_before, nullptr);
+  char problem[64];
+  std::snprintf(problem, sizeof problem, "memory fault at %p", info->si_addr);
+  report("thread " + std::to_string(machine.current->thread) + ": " + problem);
+}
+
+// While kernels run.
+struct FaultHandler {
+  FaultHandler() {
+    struct sigaction action{};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaction(SIGSEGV, &action, &action_before);
+  }
+  ~FaultHandler() { sigaction(SIGSEGV, &action_before, nullptr); }
+};
+#else
+struct FaultHandler {
+  ~FaultHandler() {}
+};
+#endif
 
 // --- waiting --------------------------------------------------------------------------------------
 
@@ -297,7 +334,7 @@ inline void thread_exits() {
   for (int lane = 0; lane < kWarp; ++lane) {
     const Fiber* other = warp_of(self, lane);
     if (other && other->state == State::kWarp && (other->mask & bit)) {
-      fail("exits, but a lane of its warp waits for it in " + std::string(other->primitive));
+      fail(other->at, "exits, but a lane of its warp waits for it in %s", other->primitive);
     }
   }
   if (machine.n_at_barrier > 0 && machine.n_at_barrier == machine.n_live) release_barrier();
@@ -330,7 +367,7 @@ Out collective(const char* primitive, unsigned mask, Location at, const In& give
   self.out = &out;
   self.state = State::kWarp;
   if (!(mask >> (self.thread % kWarp) & 1)) {
-    fail(std::string(primitive) + ": the mask lacks the calling lane, " + text_of(at));
+    fail(at, "%s: the mask lacks the calling lane", primitive);
   }
   Lanes<In, Out> lanes{};
   bool all_here = true;
@@ -338,8 +375,7 @@ Out collective(const char* primitive, unsigned mask, Location at, const In& give
     if (!(mask >> lane & 1)) continue;
     Fiber* other = warp_of(self, lane);
     if (!other || other->state == State::kExited) {
-      fail(std::string(primitive) + ": lane " + std::to_string(lane) +
-           " of the mask has exited or does not exist, " + text_of(at));
+      fail(at, "%s: lane %d of the mask has exited or does not exist", primitive, lane);
     }
     lanes.of[lane] = other;
     const bool waits_for_me =
@@ -347,8 +383,8 @@ Out collective(const char* primitive, unsigned mask, Location at, const In& give
     all_here = all_here && waits_for_me;
     if (waits_for_me && (other->mask != mask || other->kind != self.kind ||
                          std::strcmp(other->primitive, primitive) != 0)) {
-      fail(std::string(primitive) + ": lane " + std::to_string(lane) +
-           " waits in another primitive, with another mask or type, " + text_of(at));
+      fail(at, "%s: lane %d waits in another primitive, or with another mask or type", primitive,
+           lane);
     }
   }
   if (all_here) {
@@ -445,6 +481,7 @@ inline int run_grid(int64_t blocks, int threads, size_t shared) {
   machine.n_threads = threads;
   machine.has_failed = false;
   prepare_shared(shared);
+  const FaultHandler handler;
   for (int64_t i = 0; i < blocks; ++i) {
     machine.block = is_reversed() ? blocks - 1 - i : i;
     poison_shared(shared);
@@ -459,7 +496,7 @@ inline int run_grid(int64_t blocks, int threads, size_t shared) {
 // Runs the kernel to its end; cudaGetLastError tells whether that worked.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
-            const Args&... args) {
+            const void* /*stream*/, const Args&... args) {
   struct Call {
     void (*kernel)(Params...);
     std::tuple<std::decay_t<Params>...> params;

@@ -1,11 +1,12 @@
 """Builds sdi_fast._C with the CUDA kernels compiled for the CPU (see README.md in this folder).
 
-python tests/emulator/build.py FOLDER [g++ flags, say -fsanitize=address -g]
+python tests/emulator/emulated_build.py FOLDER [g++ flags, say -fsanitize=address -g]
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -30,6 +31,17 @@ FLAGS = (
     "-DSDI_EMULATE",
     f"-I{HERE / 'include'}",
 )
+
+
+def all_ops() -> set[str]:
+    return set(re.findall(r"^  X\((\w+), ", (CSRC / "ops.h").read_text(), flags=re.MULTILINE))
+
+
+def pending_ops() -> set[str]:
+    """Ops whose CUDA kernels are still to be written."""
+    file = CSRC / "cuda" / "pending.cu"
+    text = file.read_text() if file.exists() else ""
+    return set(re.findall(r"^SDI_PENDING\((\w+), ", text, flags=re.MULTILINE))
 
 
 def compiler() -> str:
