@@ -6,6 +6,7 @@ inside, as cuBLAS has them); positions, interpolation, blob and activations at t
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -15,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdi_fast.constants import NORMALIZE_EPS
-from sdi_fast.reference import render_views as render_views_module
 from sdi_fast.reference.field import _blob, _blob_gradient, _unit
 from sdi_fast.reference.hash_encode import hash_encode_with_jacobian
 from sdi_fast.types import FieldParams, FieldSpec
+
+# by name, since the package's attribute of this name is the function
+_TWIN = importlib.import_module("sdi_fast.reference.render_views")
 
 
 def _linear(x: Tensor, w: Tensor) -> Tensor:
@@ -54,5 +57,5 @@ def half_precision() -> Iterator[None]:
     def density(*args: object) -> Tensor:
         return half_field(*args)[0]  # type: ignore[arg-type]
 
-    with mock.patch.multiple(render_views_module, field=half_field, density=density):
+    with mock.patch.multiple(_TWIN, field=half_field, density=density):
         yield

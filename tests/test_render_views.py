@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sdi_fast.camera import sample_cameras
 from sdi_fast.config import CameraConfig
-from sdi_fast.ops import _native, render_views as op
+from sdi_fast.ops import _native
+from sdi_fast.ops import render_views as op
 from sdi_fast.reference.render_views import render_views as twin
 from sdi_fast.types import (
     Camera,
