@@ -107,16 +107,27 @@ def test_sanitizer_finds_overruns(checked_selftest: str, memory: str) -> None:
     assert re.search(found, result.stdout), result.stdout
 
 
+def _emulated_pytest(module: str, *arguments: str) -> set[str]:
+    """Runs tests on CPU tensors through the kernels that a GPU would run; what they called."""
+    path = os.pathsep.join([str(EMULATOR), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    result = _try(
+        *(sys.executable, "-m", "pytest", "-q", "-p", "emulated_plugin", *arguments),
+        env={"SDI_FAST_EMULATED": module, "PYTHONPATH": path},
+    )
+    assert result.returncode == 0, result.stdout[-4000:]
+    (called,) = re.findall(r"^emulated: (.*)$", result.stdout, flags=re.MULTILINE)
+    return set(called.split())
+
+
 def test_ops_agree_with_their_twins(module: str) -> None:
     """The ops' own tests, on CPU tensors and through the kernels that a GPU would run."""
     files = [
         str(TESTS / f"test_ops_{part}.py") for part in ("dispatch", "field", "image", "samples")
     ]
-    path = os.pathsep.join([str(EMULATOR), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    result = _try(
-        *(sys.executable, "-m", "pytest", "-q", "-p", "emulated_plugin", *files),
-        env={"SDI_FAST_EMULATED": module, "PYTHONPATH": path},
-    )
-    assert result.returncode == 0, result.stdout[-4000:]
-    (called,) = re.findall(r"^emulated: (.*)$", result.stdout, flags=re.MULTILINE)
-    assert set(called.split()) == emulated_build.all_ops() - emulated_build.pending_ops()
+    called = _emulated_pytest(module, *files)
+    assert called == emulated_build.all_ops() - emulated_build.pending_ops()
+
+
+def test_fused_renderer_agrees_with_its_twin(module: str) -> None:
+    files = [str(TESTS / f"test_{part}.py") for part in ("render_views", "reference_render_golden")]
+    _emulated_pytest(module, *files, "-k", "fused or render_views")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_field, relative_error
+from fused_cases import DEVICE, EMULATED, ON_GPU, fused, needs_kernels, to
 from half_field import half_precision
 from torch import Tensor
 
@@ -29,19 +30,6 @@ from sdi_fast.types import (
     RaySums,
     SDIFastError,
 )
-
-ON_GPU = torch.cuda.is_available()
-EMULATED = not ON_GPU and bool(_native.build_info().get("is_emulated", False))
-DEVICE = "cuda" if ON_GPU else "cpu"
-
-
-def needs_kernels(test: Any) -> Any:
-    """Runs on a GPU as a test marked `gpu`, and with emulated kernels without one."""
-    if EMULATED:
-        return test
-    missing = not (ON_GPU and _native.has_cuda())
-    return pytest.mark.gpu(pytest.mark.skipif(missing, reason="needs CUDA kernels")(test))
-
 
 SUMS = ("rgb", "opacity", "depth", "normal_sum", "z_variance", "orient")
 PARAMS = ("table", "density_w1", "density_w2", "color_w1", "color_w2")
@@ -90,22 +78,6 @@ class Scene:
             torch.zeros_like(p) if g is None else g / grad_scale
             for g, p in zip(grads, leaves, strict=True)
         ]
-
-
-def fused(*args: Any, alpha_bound: Tensor | None, jitter: Tensor | None) -> RaySums:
-    """The op's kernels; emulated ones take CPU tensors, which the op itself would refuse."""
-    if EMULATED:
-        return op._run(*args, alpha_bound, jitter)
-    return op.render_views(*args, alpha_bound=alpha_bound, jitter=jitter, backend="cuda")
-
-
-def to(camera: Camera, dtype: torch.dtype) -> Camera:
-    tensors = {
-        f.name: getattr(camera, f.name).to(DEVICE, dtype)
-        for f in dataclasses.fields(camera)
-        if isinstance(getattr(camera, f.name), Tensor)
-    }
-    return dataclasses.replace(camera, **tensors)
 
 
 def make_scene(kind: str) -> Scene:

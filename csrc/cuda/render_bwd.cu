@@ -35,7 +35,10 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kBlocks = 2;  // a multiprocessor
 constexpr int kGroups = kFusedHidden / 16;
-constexpr int kMinShared = 8;         // lanes that must share a cell with another for a warp's sums
+#ifndef MINS
+#define MINS 8
+#endif
+constexpr int kMinShared = MINS;         // lanes that must share a cell with another for a warp's sums
 constexpr uint32_t kMaxKeyed = 1024;  // resolution up to which a cell's coordinates fit one key
 
 struct alignas(16) WarpMemory {
@@ -380,8 +383,9 @@ __device__ __forceinline__ void add_corners(float* entries, const uint32_t (&ind
 __device__ __forceinline__ void add_runs(uint32_t heads, int lane, float (&v)[16]) {
   const uint32_t behind = lane == kWarp - 1 ? 0u : heads >> (lane + 1);
   const int end = behind ? lane + __ffs(static_cast<int>(behind)) : kWarp;  // of this lane's run
-#pragma unroll
-  for (int offset = 1; offset < kWarp; offset *= 2) {
+  const int longest = static_cast<int>(__reduce_max_sync(kAllLanes, static_cast<unsigned>(end - lane)));
+#pragma unroll 1
+  for (int offset = 1; offset < longest; offset *= 2) {
     const bool is_same = lane + offset < end;
 #pragma unroll
     for (int k = 0; k < 16; ++k) {

@@ -173,7 +173,11 @@ __device__ __forceinline__ void encode(const FusedSpec& spec, const uint16_t* ta
                                        const float u[3], int lane, HalfTile& features,
                                        JacobianTile& jacobian) {
   uint32_t* row = reinterpret_cast<uint32_t*>(features[lane]);
-#pragma unroll 4
+#ifndef UNR
+#define UNR 2
+#endif
+  constexpr int kUnroll = UNR;
+#pragma unroll kUnroll
   for (int l = 0; l < kFusedLevels; ++l) {
     uint32_t value = 0, slopes[3] = {0, 0, 0};
     if (is_live && l < spec.active_levels) {
@@ -255,7 +259,7 @@ __device__ __forceinline__ void evaluate_mlps(const Weights& w, int lane, const 
   float q[2][4][4] = {};
   float sums[2][2][4] = {};  // [m][row g or g + 8][logit, colour logits]
   mask[0] = mask[1] = 0;
-#pragma unroll
+#pragma unroll 1
   for (int j = 0; j < kFusedHidden / 16; ++j) {
     uint32_t back[4][2], gated[2][4];
     load_units_back(w.density_w1, 16 * j, lane, back);
