@@ -31,7 +31,9 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SDI_EMULATE_UCONTEXT)
+#define SDI_EMULATE_ASSEMBLY
+#else
 #include <ucontext.h>
 #endif
 
@@ -70,7 +72,7 @@ enum class State { kReady, kBarrier, kWarp, kExited };
 
 // A stack and where it was left.
 struct Context {
-#if defined(__x86_64__)
+#if defined(SDI_EMULATE_ASSEMBLY)
   void* stack_pointer = nullptr;
 #else
   ucontext_t context;
@@ -93,12 +95,17 @@ struct Fiber {
   void* out = nullptr;         // of a warp primitive: where this lane wants its result
 };
 
+struct Warp {
+  unsigned live = 0, waiting = 0;  // lanes; those that wait in a warp primitive
+};
+
 struct Machine {
   std::mutex one_launch;
   std::vector<std::unique_ptr<Fiber>> fibers;
   Context scheduler;
   Fiber* current = nullptr;
   int n_threads = 0, n_live = 0, n_at_barrier = 0;
+  Warp warps[kMaxThreads / kWarp];
   uint64_t n_true = 0, last_true = 0;  // __syncthreads_count and the like
   void (*invoke)(const void*) = nullptr;
   const void* call = nullptr;
@@ -116,12 +123,13 @@ inline Machine machine;
 
 // --- switching stacks -----------------------------------------------------------------------------
 
-#if defined(__x86_64__)
+#if defined(SDI_EMULATE_ASSEMBLY)
 __attribute__((naked, noinline, noipa)) inline void switch_stack(void** /*save*/, void* /*load*/) {
   asm volatile(
       "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
       "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
-      "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret");
+      "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n popq %rcx\n jmp "
+      "*%rcx");
 }
 #endif
 
@@ -130,7 +138,7 @@ inline void switch_context(Context& from, Context& to, bool to_fiber) {
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(&fake, to.bottom, to.size);
 #endif
-#if defined(__x86_64__)
+#if defined(SDI_EMULATE_ASSEMBLY)
   switch_stack(&from.stack_pointer, to.stack_pointer);
 #else
   swapcontext(&from.context, &to.context);
@@ -178,7 +186,7 @@ inline void start_fiber(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
   ASAN_UNPOISON_MEMORY_REGION(fiber.stack + kPage, kStack - kPage);
 #endif
-#if defined(__x86_64__)
+#if defined(SDI_EMULATE_ASSEMBLY)
   void** top = reinterpret_cast<void**>(fiber.stack + kStack);
   *--top = nullptr;  // fiber_main's return address: it never returns
   *--top = reinterpret_cast<void*>(&fiber_main);
@@ -321,20 +329,21 @@ inline int barrier(const char* primitive, bool is_true, Location at) {
   return static_cast<int>(machine.last_true);
 }
 
-inline Fiber* warp_of(const Fiber& fiber, int lane) {
-  const int thread = fiber.thread / kWarp * kWarp + lane;
-  return thread < machine.n_threads ? machine.fibers[thread].get() : nullptr;
+inline Warp& warp_of(const Fiber& fiber) { return machine.warps[fiber.thread / kWarp]; }
+inline unsigned bit_of(const Fiber& fiber) { return 1u << (fiber.thread % kWarp); }
+inline Fiber& lane_of(const Fiber& fiber, int lane) {
+  return *machine.fibers[fiber.thread / kWarp * kWarp + lane];
 }
 
 inline void thread_exits() {
   Fiber& self = *machine.current;
   self.state = State::kExited;
   --machine.n_live;
-  const unsigned bit = 1u << (self.thread % kWarp);
-  for (int lane = 0; lane < kWarp; ++lane) {
-    const Fiber* other = warp_of(self, lane);
-    if (other && other->state == State::kWarp && (other->mask & bit)) {
-      fail(other->at, "exits, but a lane of its warp waits for it in %s", other->primitive);
+  warp_of(self).live &= ~bit_of(self);
+  for (unsigned rest = warp_of(self).waiting; rest; rest &= rest - 1) {
+    const Fiber& other = lane_of(self, __builtin_ctz(rest));
+    if (other.mask & bit_of(self)) {
+      fail(other.at, "exits, but a lane of its warp waits for it in %s", other.primitive);
     }
   }
   if (machine.n_at_barrier > 0 && machine.n_at_barrier == machine.n_live) release_barrier();
@@ -352,6 +361,35 @@ struct Lanes {
 template <class In, class Out>
 inline constexpr char kind_of = 0;
 
+// The lanes of self's mask, all of which wait; false if some do not wait for self yet.
+inline bool gather_lanes(const Fiber& self, Fiber** of) {
+  for (unsigned rest = self.mask; rest; rest &= rest - 1) {
+    const int lane = __builtin_ctz(rest);
+    Fiber& other = lane_of(self, lane);
+    if (!(other.mask & bit_of(self))) return false;
+    if (other.mask != self.mask || other.kind != self.kind ||
+        std::strcmp(other.primitive, self.primitive) != 0) {
+      fail(self.at, "%s: lane %d waits in another primitive, or with another mask or type",
+           self.primitive, lane);
+    }
+    of[lane] = &other;
+  }
+  return true;
+}
+
+// False if some lanes of the mask do not wait for self yet.
+template <class In, class Out, class Exchange>
+bool exchange_all(const Fiber& self, Exchange& exchange) {
+  Lanes<In, Out> lanes{};
+  if (!gather_lanes(self, lanes.of)) return false;
+  exchange(static_cast<const Lanes<In, Out>&>(lanes));
+  warp_of(self).waiting &= ~self.mask;
+  for (Fiber* lane : lanes.of) {
+    if (lane) lane->state = State::kReady;
+  }
+  return true;
+}
+
 // All lanes of `mask` meet; the last one to come runs exchange(lanes), which sets every out.
 template <class Out, class In, class Exchange>
 Out collective(const char* primitive, unsigned mask, Location at, const In& given,
@@ -366,35 +404,14 @@ Out collective(const char* primitive, unsigned mask, Location at, const In& give
   self.in = &in;
   self.out = &out;
   self.state = State::kWarp;
-  if (!(mask >> (self.thread % kWarp) & 1)) {
-    fail(at, "%s: the mask lacks the calling lane", primitive);
+  if (!(mask & bit_of(self))) fail(at, "%s: the mask lacks the calling lane", primitive);
+  Warp& warp = warp_of(self);
+  if (mask & ~warp.live) {
+    fail(at, "%s: lane %d of the mask has exited or does not exist", primitive,
+         __builtin_ctz(mask & ~warp.live));
   }
-  Lanes<In, Out> lanes{};
-  bool all_here = true;
-  for (int lane = 0; lane < kWarp; ++lane) {
-    if (!(mask >> lane & 1)) continue;
-    Fiber* other = warp_of(self, lane);
-    if (!other || other->state == State::kExited) {
-      fail(at, "%s: lane %d of the mask has exited or does not exist", primitive, lane);
-    }
-    lanes.of[lane] = other;
-    const bool waits_for_me =
-        other->state == State::kWarp && (other->mask >> (self.thread % kWarp) & 1);
-    all_here = all_here && waits_for_me;
-    if (waits_for_me && (other->mask != mask || other->kind != self.kind ||
-                         std::strcmp(other->primitive, primitive) != 0)) {
-      fail(at, "%s: lane %d waits in another primitive, or with another mask or type", primitive,
-           lane);
-    }
-  }
-  if (all_here) {
-    exchange(static_cast<const Lanes<In, Out>&>(lanes));
-    for (Fiber* other : lanes.of) {
-      if (other) other->state = State::kReady;
-    }
-  } else {
-    leave();
-  }
+  warp.waiting |= bit_of(self);
+  if ((mask & ~warp.waiting) != 0 || !exchange_all<In, Out>(self, exchange)) leave();
   return out;
 }
 
@@ -444,7 +461,11 @@ inline bool run_block() {
   machine.n_live = n;
   machine.n_at_barrier = 0;
   machine.n_true = 0;
-  for (int i = 0; i < n; ++i) machine.fibers[i]->state = State::kReady;
+  for (Warp& warp : machine.warps) warp = Warp{};
+  for (int i = 0; i < n; ++i) {
+    machine.fibers[i]->state = State::kReady;
+    warp_of(*machine.fibers[i]).live |= bit_of(*machine.fibers[i]);
+  }
   while (machine.n_live > 0) {
     bool has_moved = false;
     for (int i = 0; i < n; ++i) {
