@@ -121,9 +121,10 @@ __global__ void uneven_kernel(int* sums) {
   if (threadIdx.x == 0) sums[blockIdx.x] = total;
 }
 
+template <class T>
 __global__ void poison_kernel(unsigned n, float* seen) {
   SDI_DYNAMIC_SHARED(float, memory);
-  __shared__ double fixed[4];
+  __shared__ T fixed[4];
   CHECK(reinterpret_cast<uintptr_t>(memory) % 16 == 0);
 #ifdef SDI_EMULATE
   CHECK(std::isnan(memory[threadIdx.x]) && std::isnan(memory[n - 1]));
@@ -151,7 +152,8 @@ void test_barriers() {
   CHECK(launch(uneven_kernel, 3, 64, 0, nullptr, sums.there()) == sdi::kOk);
   for (const int sum : sums.here()) CHECK(sum == 5 + 2 + 2);
   Array<float> seen(2 * 96);
-  CHECK(launch(poison_kernel, 2, 96, 96 * sizeof(float), nullptr, 96u, seen.there()) == sdi::kOk);
+  CHECK(launch(poison_kernel<double>, 2, 96, 96 * sizeof(float), nullptr, 96u, seen.there()) ==
+        sdi::kOk);
   const std::vector<float> values = seen.here();
   for (int i = 0; i < 96; ++i) CHECK(values[i] == 95 - i && values[96 + i] == 195 - i);
   Array<int> counts(64);
@@ -162,13 +164,13 @@ void test_barriers() {
 void test_launch_limits() {
   Array<float> seen(32);
   const auto try_shared = [&](size_t bytes) {
-    return launch(poison_kernel, 1, 32, bytes, nullptr, 32u, seen.there());
+    return launch(poison_kernel<double>, 1, 32, bytes, nullptr, 32u, seen.there());
   };
   CHECK(try_shared(48 * 1024 + 4) == sdi::kCudaError);  // not asked for
-  CHECK(allow_shared(poison_kernel, 100 * 1024));
+  CHECK(allow_shared(poison_kernel<double>, 100 * 1024));
   CHECK(try_shared(100 * 1024) == sdi::kOk);
   CHECK(try_shared(100 * 1024 + 4) == sdi::kCudaError);
-  CHECK(!allow_shared(poison_kernel, 228 * 1024));
+  CHECK(!allow_shared(poison_kernel<double>, 228 * 1024));
   cudaGetLastError();
   CHECK(launch(shuffle_kernel, 0, 32, 0, nullptr) == sdi::kCudaError);
   CHECK(launch(shuffle_kernel, 1, 1056, 0, nullptr) == sdi::kCudaError);

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <dlfcn.h>
+#include <link.h>
 #include <signal.h>
 #include <sys/mman.h>
 
@@ -37,14 +38,13 @@
 #include <ucontext.h>
 #endif
 
-// Static shared memory gets a section of its own, so that every block can find it poisoned. The
-// address sanitizer wants its red zones between variables instead.
+// Static shared memory is thread-local, since that can be found at run time, in order to poison it
+// (g++ ignores a section attribute in templates). The address sanitizer wants plain variables, with
+// its red zones between them.
 #if defined(__SANITIZE_ADDRESS__)
 #define SDI_EMULATED_SHARED static
 #else
-#define SDI_EMULATED_SHARED static __attribute__((section("emulated_shared")))
-extern "C" __attribute__((weak, visibility("hidden"))) char __start_emulated_shared[];
-extern "C" __attribute__((weak, visibility("hidden"))) char __stop_emulated_shared[];
+#define SDI_EMULATED_SHARED static thread_local
 #endif
 
 namespace emulator {
@@ -442,14 +442,47 @@ inline void prepare_shared(size_t bytes) {
 #endif
 }
 
-inline void poison_shared(size_t bytes) {
-  std::memset(machine.shared, kPoison, bytes);
-#if !defined(__SANITIZE_ADDRESS__)
-  if (__start_emulated_shared) {
-    std::memset(__start_emulated_shared, kPoison, __stop_emulated_shared - __start_emulated_shared);
+inline thread_local char thread_local_marker;
+
+// This program's or library's thread-local memory, which holds the static shared memory. While kernels
+// run, nothing else reads it: what it held before comes back with the destructor.
+class StaticShared {
+ public:
+#if defined(__SANITIZE_ADDRESS__)
+  ~StaticShared() {}
+#else
+  StaticShared() {
+    dl_iterate_phdr(&find, this);
+    before_.assign(begin_, begin_ + size_);
+  }
+  ~StaticShared() {
+    if (size_) std::memcpy(begin_, before_.data(), size_);
   }
 #endif
-}
+  StaticShared(const StaticShared&) = delete;
+  void poison() {
+    if (size_) std::memset(begin_, kPoison, size_);
+  }
+
+ private:
+  static int find(dl_phdr_info* info, size_t, void* self) {
+    StaticShared& s = *static_cast<StaticShared*>(self);
+    for (int i = 0; i < info->dlpi_phnum; ++i) {
+      char* const begin = static_cast<char*>(info->dlpi_tls_data);
+      const size_t size = info->dlpi_phdr[i].p_memsz;
+      const size_t offset = static_cast<size_t>(&thread_local_marker - begin);
+      if (info->dlpi_phdr[i].p_type != PT_TLS || !begin || offset >= size) continue;
+      s.begin_ = begin;
+      s.size_ = size;
+      return 1;
+    }
+    return 0;
+  }
+
+  char* begin_ = nullptr;
+  size_t size_ = 0;
+  std::vector<char> before_;
+};
 
 void set_indices(int thread);  // cuda_runtime.h
 void set_dims(int64_t blocks, int64_t block, int threads);
@@ -503,9 +536,11 @@ inline int run_grid(int64_t blocks, int threads, size_t shared) {
   machine.has_failed = false;
   prepare_shared(shared);
   const FaultHandler handler;
+  StaticShared static_shared;
   for (int64_t i = 0; i < blocks; ++i) {
     machine.block = is_reversed() ? blocks - 1 - i : i;
-    poison_shared(shared);
+    static_shared.poison();
+    std::memset(machine.shared, kPoison, shared);
     set_dims(blocks, machine.block, threads);
     if (run_block()) continue;
     for (auto& fiber : machine.fibers) start_fiber(*fiber);  // drop what their stacks hold
