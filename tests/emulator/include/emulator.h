@@ -449,7 +449,7 @@ inline thread_local char thread_local_marker;
 class StaticShared {
  public:
 #if defined(__SANITIZE_ADDRESS__)
-  ~StaticShared() {}
+  StaticShared() {}
 #else
   StaticShared() {
     dl_iterate_phdr(&find, this);
