@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -46,6 +47,15 @@ def pending_ops() -> set[str]:
 
 def compiler() -> str:
     return os.environ.get("CXX", "g++")
+
+
+def can_build() -> bool:
+    """Whether there is a compiler that knows halves, for Linux."""
+    if not sys.platform.startswith("linux") or shutil.which(compiler()) is None:
+        return False
+    command = [compiler(), "-std=c++17", f"-I{HERE / 'include'}", "-fsyntax-only", "-x", "c++"]
+    header = str(HERE / "include" / "cuda_fp16.h")
+    return subprocess.run([*command, header], capture_output=True).returncode == 0
 
 
 def processor_flags() -> list[str]:

@@ -1,14 +1,20 @@
-// half and half2 on the CPU: the compiler's _Float16, rounded to nearest even after every operation.
+// half and half2 on the CPU: the compiler's half-precision type, rounded to nearest even after every operation.
 #pragma once
 
 #include "cuda_runtime.h"
 
+#if defined(__aarch64__)
+using SdiHalfBits = __fp16;
+#else
+using SdiHalfBits = _Float16;
+#endif
+
 struct alignas(2) __half {
-  _Float16 bits;
+  SdiHalfBits bits;
   __half() = default;
-  __half(float x) : bits(static_cast<_Float16>(x)) {}
-  __half(double x) : bits(static_cast<_Float16>(x)) {}
-  __half(int x) : bits(static_cast<_Float16>(static_cast<float>(x))) {}
+  __half(float x) : bits(static_cast<SdiHalfBits>(x)) {}
+  __half(double x) : bits(static_cast<SdiHalfBits>(x)) {}
+  __half(int x) : bits(static_cast<SdiHalfBits>(static_cast<float>(x))) {}
   operator float() const { return static_cast<float>(bits); }
 };
 struct alignas(4) __half2 {

@@ -116,6 +116,15 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
   return cudaMemcpyAsync(to, from, bytes, kind);
 }
 template <class T>
+cudaError_t cudaMemcpyFromSymbol(void* to, const T& symbol, size_t bytes) {
+  return cudaMemcpy(to, &symbol, bytes, cudaMemcpyDeviceToHost);
+}
+template <class T>
+cudaError_t cudaMemcpyToSymbol(T& symbol, const void* from, size_t bytes) {
+  return cudaMemcpy(const_cast<std::remove_const_t<T>*>(&symbol), from, bytes,
+                    cudaMemcpyHostToDevice);
+}
+template <class T>
 cudaError_t cudaMalloc(T** p, size_t bytes) {
   const size_t room = (bytes + 255) / 256 * 256;  // aligned as on the GPU
   *p = static_cast<T*>(std::aligned_alloc(256, room ? room : 256));
