@@ -11,6 +11,7 @@ from .hash_encode import hash_encode
 from .march import march
 from .occupancy import update_occupancy
 from .prune import prune
+from .ray_losses import ray_losses
 from .rays import generate_rays
 from .shade import shade
 
@@ -25,6 +26,7 @@ __all__ = [
     "hash_encode",
     "march",
     "prune",
+    "ray_losses",
     "shade",
     "update_occupancy",
 ]
