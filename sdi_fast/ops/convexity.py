@@ -62,11 +62,8 @@ def convexity_loss(
 )
 def _forward(normals: Tensor, opacity: Tensor | None, c2w: Tensor | None) -> Tensor:
     normals, opacity, c2w = _contiguous(normals, opacity, c2w)
-    batch = normals.shape[0]
     loss = normals.new_empty(())
-    workspace = None
-    if normals.is_cuda and batch > 1:
-        workspace = normals.new_empty(batch, dtype=torch.float64)
+    workspace = normals.new_empty(normals.shape[0], dtype=torch.float64)  # untouched on the CPU
     call("convexity_fwd", normals, *normals.shape[:3], normals, opacity, c2w, loss, workspace)
     return loss
 

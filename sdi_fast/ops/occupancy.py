@@ -60,10 +60,9 @@ def _update(
 ) -> Tensor:
     cells, values = cells.contiguous(), values.contiguous()
     occupied = occs.new_empty((side, side, side), dtype=torch.bool)
-    largest = partial_sums = None
-    if occs.is_cuda:
-        largest = occs.new_zeros(occs.numel(), dtype=torch.int64)
-        partial_sums = occs.new_empty(extension().OCCUPANCY_MAX_BLOCKS, dtype=torch.float64)
+    # both untouched by the CPU's kernel
+    largest = occs.new_zeros(occs.numel(), dtype=torch.int64)
+    partial_sums = occs.new_empty(extension().OCCUPANCY_MAX_BLOCKS, dtype=torch.float64)
     sizes = (occs.numel(), cells.numel())
     arrays = (occs, cells, values, occupied, largest, partial_sums)
     call("occupancy_update", occs, *sizes, *arrays, decay, threshold, indices="cells")

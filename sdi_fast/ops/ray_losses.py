@@ -49,10 +49,8 @@ def _forward(*args: Tensor) -> tuple[Tensor, Tensor]:
     opacity, orient, z_variance = (t.contiguous() for t in args)
     losses = opacity.new_empty(4)
     counts = opacity.new_empty(2, dtype=torch.float64)
-    workspace = None
-    if opacity.is_cuda:
-        rows, columns = extension().RAY_LOSSES_MAX_BLOCKS, extension().RAY_SUMS
-        workspace = counts.new_empty(rows, columns)
+    rows, columns = extension().RAY_LOSSES_MAX_BLOCKS, extension().RAY_SUMS
+    workspace = counts.new_empty(rows, columns)  # untouched by the CPU's kernel
     arrays = (opacity, orient, z_variance, losses, counts, workspace)
     call("ray_losses_fwd", opacity, opacity.numel(), *arrays)
     return losses, counts
