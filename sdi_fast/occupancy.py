@@ -132,7 +132,7 @@ class OccupancyGrid:
         n_before = self.binary.flatten().cumsum(0)  # occupied cells up to each one, itself included
         n_occupied = n_before[-1]
         slot = torch.arange(n_drawn, device=device)
-        drawn = (share * n_occupied).long()  # below n_occupied: both are exact, and share < 1
+        drawn = (share * n_occupied).long()  # below n_occupied, as share is below 1
         rank = torch.where(n_occupied > n_drawn, drawn, slot)
         cells = torch.cat([uniform, torch.searchsorted(n_before, rank + 1)])
         is_spare = torch.cat([torch.zeros_like(slot, dtype=torch.bool), rank >= n_occupied])
