@@ -9,10 +9,14 @@ namespace sdi {
 
 template <class T>
 struct AdamArgs {
-  T* param;       // [n], in place
-  const T* grad;  // [n]
-  T* exp_avg;     // [n], in place
-  T* exp_avg_sq;  // [n], in place
+  T* param;                // [n], in place
+  const T* grad;           // [n]
+  T* exp_avg;              // [n], in place
+  T* exp_avg_sq;           // [n], in place
+  uint16_t* shadow;        // [n], param rounded to half precision (its bits), in place; or null
+  const int64_t* step_at;  // [1], where the step is; null: `step`
+  const double* lr_at;     // [1], where the learning rate is; null: `lr`
+  const uint8_t* skip;     // [1], not 0: nothing is changed; or null
   int64_t n;
   int64_t step;  // 1-based
   double lr;

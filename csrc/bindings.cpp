@@ -220,9 +220,10 @@ void bind_samples(py::module_& m) {
   bind_prune("prune_fill", true);
   m.def("occupancy_update",
         [](int mode, int64_t n_cells, int64_t m, Address occs, Address cells, Address values,
-           Address occupied, double decay, double threshold, Address queue) {
-          return SDI_RUN(occupancy_update, OccupancyArgs, occs, cells, values, occupied, n_cells, m,
-                         decay, threshold);
+           Address occupied, Address largest, Address partial_sums, double decay, double threshold,
+           Address queue) {
+          return SDI_RUN(occupancy_update, OccupancyArgs, occs, cells, values, occupied, largest,
+                         partial_sums, n_cells, m, decay, threshold);
         });
 }
 
@@ -271,16 +272,33 @@ void bind_image(py::module_& m) {
           return SDI_RUN(background_bwd, BackgroundArgs, directions, w1, w2, w3, nullptr, grad_rgb,
                          grad_weights, workspace, n);
         });
-  m.def("convexity_fwd", [](int mode, int64_t batch, int64_t height, int64_t width, Address normals,
-                            Address loss, Address queue) {
-    return SDI_RUN(convexity_fwd, ConvexityArgs, normals, loss, nullptr, nullptr, batch, height,
-                   width);
-  });
+}
+
+void bind_losses(py::module_& m) {
+  m.def("convexity_fwd",
+        [](int mode, int64_t batch, int64_t height, int64_t width, Address normals, Address opacity,
+           Address c2w, Address loss, Address workspace, Address queue) {
+          return SDI_RUN(convexity_fwd, ConvexityArgs, normals, opacity, c2w, loss, nullptr,
+                         nullptr, nullptr, workspace, batch, height, width);
+        });
   m.def("convexity_bwd", [](int mode, int64_t batch, int64_t height, int64_t width, Address normals,
-                            Address grad_loss, Address grad_normals, Address queue) {
-    return SDI_RUN(convexity_bwd, ConvexityArgs, normals, nullptr, grad_loss, grad_normals, batch,
-                   height, width);
+                            Address opacity, Address c2w, Address grad_loss, Address grad_normals,
+                            Address grad_opacity, Address queue) {
+    return SDI_RUN(convexity_bwd, ConvexityArgs, normals, opacity, c2w, nullptr, grad_loss,
+                   grad_normals, grad_opacity, nullptr, batch, height, width);
   });
+  m.def("ray_losses_fwd",
+        [](int mode, int64_t n, Address opacity, Address orient, Address z_variance, Address losses,
+           Address counts, Address workspace, Address queue) {
+          return SDI_RUN(ray_losses_fwd, RayLossesArgs, opacity, orient, z_variance, losses, counts,
+                         nullptr, nullptr, nullptr, nullptr, workspace, n);
+        });
+  m.def("ray_losses_bwd",
+        [](int mode, int64_t n, Address opacity, Address counts, Address grad_losses,
+           Address grad_opacity, Address grad_orient, Address grad_z_variance, Address queue) {
+          return SDI_RUN(ray_losses_bwd, RayLossesArgs, opacity, nullptr, nullptr, nullptr, counts,
+                         grad_losses, grad_opacity, grad_orient, grad_z_variance, nullptr, n);
+        });
 }
 
 #ifdef SDI_FAST_WITH_CUDA
@@ -359,16 +377,21 @@ PYBIND11_MODULE(_C, m) {
   py::class_<FieldSpec>(m, "FieldSpec").def(py::init(&make_field));
   m.attr("BACKGROUND_WEIGHTS") = kBackgroundWeights;
   m.attr("BACKGROUND_MAX_BLOCKS") = kBackgroundMaxBlocks;
+  m.attr("OCCUPANCY_MAX_BLOCKS") = kOccupancyMaxBlocks;
+  m.attr("RAY_LOSSES_MAX_BLOCKS") = kRayLossesMaxBlocks;
+  m.attr("RAY_SUMS") = kRaySums;
   bind_field(m);
   bind_samples(m);
   bind_image(m);
+  bind_losses(m);
 #ifdef SDI_FAST_WITH_CUDA
   bind_render(m);
 #endif
   m.def("adam_step",
         [](int mode, int64_t n, Address param, Address grad, Address exp_avg, Address exp_avg_sq,
-           int64_t step, double lr, double beta1, double beta2, double eps, Address queue) {
-          return SDI_RUN(adam_step, AdamArgs, param, grad, exp_avg, exp_avg_sq, n, step, lr, beta1,
-                         beta2, eps);
+           Address shadow, Address step_at, Address lr_at, Address skip, int64_t step, double lr,
+           double beta1, double beta2, double eps, Address queue) {
+          return SDI_RUN(adam_step, AdamArgs, param, grad, exp_avg, exp_avg_sq, shadow, step_at,
+                         lr_at, skip, n, step, lr, beta1, beta2, eps);
         });
 }

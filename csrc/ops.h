@@ -9,6 +9,7 @@
 #include "hash_encode.h"
 #include "march.h"
 #include "occupancy.h"
+#include "ray_losses.h"
 #include "shade.h"
 #include "status.h"
 
@@ -31,5 +32,7 @@
   X(background_bwd, BackgroundArgs)     \
   X(convexity_fwd, ConvexityArgs)       \
   X(convexity_bwd, ConvexityArgs)       \
+  X(ray_losses_fwd, RayLossesArgs)      \
+  X(ray_losses_bwd, RayLossesArgs)      \
   X(occupancy_update, OccupancyArgs)    \
   X(adam_step, AdamArgs)

@@ -51,16 +51,21 @@ class OccupancyGrid:
 
         Args:
             generator: drawn from on its own device, so that a CPU generator gives the same points
-                on every device.
+                on every device. One on a GPU makes the update go without a synchronisation; then
+                always as many points are evaluated, some of them twice.
         """
         if step % config.occupancy_every:
             return
         with torch.no_grad():
             if step < config.occupancy_warmup:
                 cells = torch.arange(self.occs.numel(), device=self.occs.device)
-            else:
+                points = self._random_points(cells, generator)
+            elif generator.device.type == "cpu":
                 cells = self._draw_cells(generator)
-            density = density_fn(self._random_points(cells, generator))
+                points = self._random_points(cells, generator)
+            else:
+                cells, points = self._draw_fixed(generator)
+            density = density_fn(points)
             self.binary = update_occupancy(
                 self.occs,
                 cells,
@@ -72,10 +77,10 @@ class OccupancyGrid:
 
     def mean(self) -> float:
         """Mean of density * step size over all cells: the bound of the alpha threshold."""
-        return float(self.occs.mean())
+        return float(self.mean_tensor())
 
     def mean_tensor(self) -> Tensor:
-        """`mean()` as a tensor [] on the grid's device, without waiting for it."""
+        """`mean()` as a tensor [] on the grid's device, without a synchronisation."""
         return self.occs.mean()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -109,6 +114,31 @@ class OccupancyGrid:
         if len(occupied) > n_drawn:
             occupied = occupied[draw(len(occupied))]
         return torch.cat([uniform, occupied])
+
+    def _draw_fixed(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """As `_draw_cells`, always 2 n_drawn cells, and their points [2 n_drawn, 3].
+
+        Where fewer cells than n_drawn are occupied, the rest repeats the first cell with the same
+        point, which changes nothing.
+        """
+        device, n_cells = self.occs.device, self.occs.numel()
+        n_drawn = max(n_cells // 4, 1)
+        uniform = torch.randint(
+            n_cells, (n_drawn,), generator=generator, device=generator.device
+        ).to(device)
+        share = torch.rand(
+            n_drawn, generator=generator, device=generator.device, dtype=torch.float64
+        ).to(device)
+        n_before = self.binary.flatten().cumsum(0)  # occupied cells up to each one, itself included
+        n_occupied = n_before[-1]
+        slot = torch.arange(n_drawn, device=device)
+        drawn = (share * n_occupied).long()  # below n_occupied, as share is below 1
+        rank = torch.where(n_occupied > n_drawn, drawn, slot)
+        cells = torch.cat([uniform, torch.searchsorted(n_before, rank + 1)])
+        is_spare = torch.cat([torch.zeros_like(slot, dtype=torch.bool), rank >= n_occupied])
+        cells = torch.where(is_spare, cells[0], cells)
+        points = self._random_points(cells, generator)
+        return cells, torch.where(is_spare[:, None], points[0], points)
 
     def _random_points(self, cells: Tensor, generator: torch.Generator) -> Tensor:
         """One point [M, 3], in scene units, in each of the cells [M]."""

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sdi_fast.camera import orbit_cameras
 from sdi_fast.config import CameraConfig, LossConfig
-from sdi_fast.losses import camera_frame_normals, loss_weights, render_losses
+from sdi_fast.losses import loss_weights, render_losses
 from sdi_fast.reference import convexity_loss
+from sdi_fast.reference.convexity import camera_frame_normals
 from sdi_fast.types import Camera, RenderOutput, SDIFastError
 
 WORLD, CAMERA = LossConfig(), LossConfig(convex_frame="camera")

@@ -101,7 +101,8 @@ def test_lesser_instruction_sets_agree_with_the_twins(isa: str) -> None:
     env = {"SDI_FAST_ISA": isa, "OMP_NUM_THREADS": "1"}
     probe = "from sdi_fast.ops import _native; print(_native.build_info()['cpu_isa'])"
     assert _run(sys.executable, "-c", f"import torch; {probe}", env=env).split()[-1] == isa
-    files = ("test_ops_field.py", "test_ops_image.py", "test_ops_samples.py")
+    names = ("field", "image", "ray_losses", "samples")
+    files = [f"test_ops_{name}.py" for name in names]
     paths = [str(ROOT / "tests" / f) for f in files]
     chosen = "matches or rule or twins"
     out = _run(sys.executable, "-m", "pytest", "-q", "-k", chosen, *paths, env=env)

@@ -179,3 +179,39 @@ def test_bad_states_and_settings_are_named() -> None:
         grid.load_state_dict({**grid.state_dict(), "occs": torch.zeros(27)})
     with pytest.raises(SDIFastError, match="occupancy_resolution"):
         OccupancyGrid(dataclasses.replace(CONFIG, occupancy_resolution=0), radius=2.0)
+
+
+def test_mean_as_a_tensor() -> None:
+    grid = OccupancyGrid(CONFIG, radius=2.0)
+    grid.occs.copy_(torch.arange(512.0))
+    assert grid.mean_tensor().shape == () and grid.mean_tensor().item() == grid.mean() == 255.5
+
+
+# 128 cells are drawn: none, few, exactly as many, and more are occupied
+@pytest.mark.parametrize("n_occupied", [0, 3, 128, 129, 300, 512])
+def test_draws_of_fixed_size_equal_the_others(n_occupied: int) -> None:
+    """What a generator on a GPU draws, here with one on the CPU."""
+    grid = OccupancyGrid(CONFIG, radius=2.0)
+    occupied = torch.randperm(512, generator=generator(1))[:n_occupied].sort().values
+    grid.binary.zero_()
+    grid.binary.view(-1)[occupied] = True
+    draws = generator()
+    counts = torch.zeros(2, 512)
+    for _ in range(200):
+        cells, points = grid._draw_fixed(draws)
+        assert cells.shape == (256,) and points.shape == (256, 3)
+        assert torch.equal(cells_of(points, 8), cells)
+        n_taken = min(n_occupied, 128)
+        taken = cells[128 : 128 + n_taken]
+        assert torch.isin(taken, occupied).all()
+        if n_occupied <= 128:
+            assert torch.equal(taken, occupied)
+        spare = slice(128 + n_taken, None)  # the first draw again, with the same point
+        assert (cells[spare] == cells[0]).all() and (points[spare] == points[0]).all()
+        counts[0] += cells[:128].bincount(minlength=512)
+        counts[1] += taken.bincount(minlength=512)
+    # 200 * 128 draws over 512 cells: 50 each, 7 the standard deviation
+    assert counts[0].min() > 50 - 6 * 7 and counts[0].max() < 50 + 6 * 7
+    if n_occupied > 128:
+        mean = 200 * 128 / n_occupied
+        assert (counts[1][occupied] - mean).abs().max() < 6 * mean**0.5

@@ -29,6 +29,7 @@ from sdi_fast.ops import hash_encode as hash_encode_module
 from sdi_fast.ops import march as march_module
 from sdi_fast.ops import occupancy as occupancy_module
 from sdi_fast.ops import prune as prune_module
+from sdi_fast.ops import ray_losses as ray_losses_module
 from sdi_fast.ops import shade as shade_module
 from sdi_fast.ops.adam import adam_step
 from sdi_fast.ops.background import background
@@ -39,6 +40,7 @@ from sdi_fast.ops.hash_encode import hash_encode
 from sdi_fast.ops.march import march
 from sdi_fast.ops.occupancy import update_occupancy
 from sdi_fast.ops.prune import prune
+from sdi_fast.ops.ray_losses import ray_losses
 from sdi_fast.ops.rays import generate_rays
 from sdi_fast.ops.shade import shade
 from sdi_fast.types import FieldParams, FieldSpec, HashGridSpec, SDIFastError
@@ -78,7 +80,22 @@ def _opcheck_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "shade": (shade_module._forward, (*colours, x, torch.randn(1, 3), views, 2)),
         "composite": (composite_module._forward, sums),
         "background": (background_module._forward, (x, *weights)),
-        "convexity": (convexity_module._forward, (torch.rand(1, 9, 9, 3, requires_grad=True),)),
+        "convexity": (
+            convexity_module._forward,
+            (torch.rand(1, 9, 9, 3, requires_grad=True), None, None),
+        ),
+        "convexity in the camera's frame": (
+            convexity_module._forward,
+            (
+                torch.rand(2, 9, 9, 3, requires_grad=True),
+                torch.rand(2, 9, 9, 1, requires_grad=True),
+                torch.randn(2, 3, 4),
+            ),
+        ),
+        "ray losses": (
+            ray_losses_module._forward,
+            tuple(torch.rand(20, requires_grad=True) for _ in range(3)),
+        ),
         "march": (
             march_module._march,
             (x, x, torch.ones(4, 4, 4, dtype=torch.bool), None, 2.0, 0.1, 0.0),
@@ -91,7 +108,22 @@ def _opcheck_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             occupancy_module._update,
             (torch.rand(64), torch.arange(9), torch.rand(9), 4, 0.95, 0.01),
         ),
-        "adam": (adam_module._step, (*state, 1, [1e-2, 0.9, 0.99, 1e-15])),
+        "adam": (
+            adam_module._step,
+            (*state, None, None, None, None, 1, [1e-2, 0.9, 0.99, 1e-15]),
+        ),
+        "adam of tensors": (
+            adam_module._step,
+            (
+                *state,
+                state[0].half(),
+                torch.tensor(3),
+                torch.tensor(1e-2, dtype=F64),
+                torch.tensor(False),
+                0,
+                [0.0, 0.9, 0.99, 1e-15],
+            ),
+        ),
     }
 
 
@@ -116,7 +148,10 @@ def test_results_do_not_depend_on_the_number_of_threads(n_threads: int) -> None:
             randn(*s, dtype=torch.float32).requires_grad_() for s in ((16, 9), (16, 16), (3, 16))
         ]
         sky, sky_grads = outputs_and_grads(lambda: background(x, *weights, backend="cpu"), weights)
-        return [*outputs, *grads, *encoded, *table_grads, *sky, *sky_grads]
+        images = [rand(9000, seed=i, dtype=torch.float32).requires_grad_() for i in range(3)]
+        losses, image_grads = outputs_and_grads(lambda: ray_losses(*images, backend="cpu"), images)
+        parts = (outputs, grads, encoded, table_grads, sky, sky_grads, losses, image_grads)
+        return [tensor for part in parts for tensor in part]
 
     before = torch.get_num_threads()
     try:
@@ -162,6 +197,9 @@ def test_triton_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(SDIFastError, match='backend: "triton" takes cuda tensors .*, got cpu ones'):
         convexity_loss(normals, backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SDIFastError, match='backend: convexity_loss has no "triton" kernel for'):
+        convexity_loss(normals, normals[..., :1], rand(1, 3, 4), backend="triton")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SDIFastError, match='backend: "triton" needs Triton; run `pip install'):
         convexity_loss(normals, backend="triton")
@@ -179,6 +217,8 @@ def _bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
     past_end = dataclasses.replace(samples, packed_info=torch.tensor([[0, 2], [2, 4]]))
     negative = dataclasses.replace(samples, packed_info=torch.tensor([[-1, 2], [2, 3]]))
     adam = [rand(6) for _ in range(4)]
+    rates = (1, 1e-2, (0.9, 0.99), 1e-15)
+    normals = rand(1, 4, 4, 3)
     return {
         "list for tensor": (
             "x_world: expected a tensor .* got list",
@@ -257,6 +297,26 @@ def _bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
             "normals: expected at least one pixel",
             lambda: convexity_loss(torch.empty(0, 4, 4, 3)),
         ),
+        "opacity without a camera": (
+            "opacity, c2w: expected both or neither",
+            lambda: convexity_loss(normals, normals[..., :1]),
+        ),
+        "opacity without its dimension": (
+            r"opacity: expected shape \[1, 4, 4, 1\], got \[1, 4, 4\]",
+            lambda: convexity_loss(normals, normals[..., 0], rand(1, 3, 4)),
+        ),
+        "one camera too many": (
+            r"c2w: expected shape \[1, 3, 4\], got \[2, 3, 4\]",
+            lambda: convexity_loss(normals, normals[..., :1], rand(2, 3, 4)),
+        ),
+        "image for rays": (
+            r"opacity: expected shape \[\*\], got \[1, 4, 4\]",
+            lambda: ray_losses(normals[..., 0], five, five),
+        ),
+        "rays without variance": (
+            r"z_variance: expected shape \[5\], got \[2\]",
+            lambda: ray_losses(five, five, rand(2)),
+        ),
         "cell outside": (
             "cells: expected indices inside",
             lambda: update_occupancy(rand(8), views + 8, five, 0.9, 0.1, backend="cpu"),
@@ -274,6 +334,22 @@ def _bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
             lambda: adam_step(
                 adam[0], adam[1], rand(12)[::2], adam[3], 1, 1e-2, (0.9, 0.99), 1e-15
             ),
+        ),
+        "step of floats": (
+            "step: expected dtype int64, got float32",
+            lambda: adam_step(*adam, torch.tensor(1.0), *rates[1:]),
+        ),
+        "rate in single precision": (
+            "lr: expected dtype float64, got float32",
+            lambda: adam_step(*adam, 1, torch.tensor(1e-2), *rates[2:]),
+        ),
+        "shadow of floats": (
+            "shadow: expected dtype float16, got float32",
+            lambda: adam_step(*adam, *rates, shadow=torch.zeros(6)),
+        ),
+        "one flag a parameter": (
+            r"skip: expected shape \[\], got \[6\]",
+            lambda: adam_step(*adam, *rates, skip=torch.zeros(6, dtype=torch.bool)),
         ),
         "beta of one": (
             "betas: expected two numbers",

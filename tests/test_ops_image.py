@@ -184,23 +184,63 @@ def test_background_obeys_single_precision_rule() -> None:
     assert_single_precision_rule(run)
 
 
-@pytest.mark.parametrize("size", [(1, 8, 8), (2, 31, 33), (3, 5, 64), (1, 1, 1)])
-def test_convexity_matches_twin(size: tuple[int, int, int]) -> None:
-    def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
-        normals = rand(*size, 3, seed=1).float().to(dtype).requires_grad_()
-        loss = convexity_loss(normals, backend=backend)
-        return [loss, torch.autograd.grad(loss * 3.0, normals)[0]]
-
-    # one pixel: the true value is 0 and what remains is rounding
-    if size != (1, 1, 1):
-        assert worst_error(run(F64, "cpu"), run(F64, "reference")) < F64_TOLERANCE
-    for ours, twin in zip(run(torch.float32, "cpu"), run(torch.float32, "reference"), strict=True):
-        torch.testing.assert_close(ours, twin, rtol=1e-5, atol=1e-7)  # sums of 112 f32 products
+# Below 16 pixels a side taps coincide; at 8 and its odd multiples the second tap has no share.
+CONVEXITY_SIZES = [
+    (1, 8, 8), (2, 31, 33), (3, 5, 64), (1, 3, 5), (2, 1, 8), (1, 13, 1), (1, 64, 24), (70, 9, 4),
+]  # fmt: skip
 
 
-def test_convexity_gradcheck() -> None:
-    normals = rand(2, 9, 12, 3, seed=4).requires_grad_()
-    assert torch.autograd.gradcheck(lambda n: convexity_loss(n, backend="cpu"), normals)
+def _convexity_inputs(
+    size: tuple[int, int, int], frame: str, dtype: torch.dtype
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Leaves (normals, and opacity in the camera's frame) and c2w."""
+    normals = rand(*size, 3, seed=1).float().to(dtype).requires_grad_()
+    if frame == "world":
+        return [normals], ()
+    opacity = rand(*size, 1, seed=2).float().to(dtype).requires_grad_()
+    return [normals, opacity], (randn(size[0], 3, 4, seed=3).float().to(dtype),)
+
+
+def _convexity(
+    size: tuple[int, int, int], frame: str, dtype: torch.dtype, backend: str
+) -> list[Tensor]:
+    leaves, rest = _convexity_inputs(size, frame, dtype)
+    loss = convexity_loss(*leaves, *rest, backend=backend)
+    return [loss, *torch.autograd.grad(loss * 3.0, leaves)]
+
+
+@pytest.mark.parametrize("frame", ["world", "camera"])
+@pytest.mark.parametrize("size", CONVEXITY_SIZES)
+def test_convexity_matches_twin_in_f64(size: tuple[int, int, int], frame: str) -> None:
+    ours, twin = (_convexity(size, frame, F64, backend) for backend in ("cpu", "reference"))
+    assert worst_error(ours, twin) < F64_TOLERANCE
+
+
+@pytest.mark.parametrize("frame", ["world", "camera"])
+@pytest.mark.parametrize("size", CONVEXITY_SIZES)
+def test_convexity_obeys_single_precision_rule(size: tuple[int, int, int], frame: str) -> None:
+    assert_single_precision_rule(lambda dtype, backend: _convexity(size, frame, dtype, backend))
+
+
+def test_convexity_of_one_pixel_is_zero() -> None:
+    loss, grad = _convexity((1, 1, 1), "world", torch.float32, "cpu")
+    assert loss == 0.0 and grad.abs().max() < 1e-15  # what 64 points add cancels, but for rounding
+
+
+@pytest.mark.parametrize("frame", ["world", "camera"])
+def test_convexity_gradcheck(frame: str) -> None:
+    leaves, rest = _convexity_inputs((2, 9, 12), frame, F64)
+    assert torch.autograd.gradcheck(
+        lambda *inputs: convexity_loss(*inputs, *rest, backend="cpu"), leaves
+    )
+
+
+def test_convexity_shows_nan() -> None:
+    normals = rand(1, 64, 64, 3).requires_grad_()
+    with torch.no_grad():
+        normals[0, 3, 4, 0] = float("nan")  # a tap
+    loss = convexity_loss(normals, backend="cpu")
+    assert loss.isnan() and torch.autograd.grad(loss, normals)[0].isnan().any()
 
 
 def test_non_contiguous_inputs() -> None:

@@ -95,6 +95,43 @@ def test_occupancy_matches_twin(dtype: torch.dtype) -> None:
     assert a.shape == (8, 8, 8) and 0 < int(a.sum()) < 512
 
 
+@pytest.mark.parametrize("n_given", [0, 1, 5000])
+def test_occupancy_of_the_whole_grid(n_given: int) -> None:
+    """More cells and values than one block of the GPU takes."""
+    start = (rand(32**3, seed=1) * 0.02).float()
+    cells = (rand(n_given, seed=2) * 32**3).long()
+    values = (rand(n_given, seed=3) * 0.02).float()
+    ours, twin = start.clone(), start.clone()
+    a = update_occupancy(ours, cells, values, 0.95, 0.01, backend="cpu")
+    b = update_occupancy(twin, cells, values, 0.95, 0.01, backend="reference")
+    assert torch.equal(ours, twin) and torch.equal(a, b)
+    assert torch.equal(start, ours) == (n_given == 0)
+
+
+def test_occupancy_takes_the_mean_as_threshold_where_it_is_smaller() -> None:
+    occs = torch.full((4096,), 0.1)  # its f32 sum is off, the mean of equal numbers is not
+    none = torch.zeros(0, dtype=torch.int64)
+    assert not update_occupancy(occs, none, torch.zeros(0), 0.95, 1.0, backend="cpu").any()
+    assert update_occupancy(occs, none, torch.zeros(0), 0.95, 0.09, backend="cpu").all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_occupancy_nan_shows_in_any_order(dtype: torch.dtype) -> None:
+    nan = float("nan")
+    start = torch.tensor([0.5, nan, 0.5, 0.5, 0.5, nan, 0.5, 0.5], dtype=dtype)
+    cells = torch.tensor([0, 0, 0, 1, 2, 2, 3])
+    values = torch.tensor([0.7, nan, 0.1, 0.3, 0.2, 0.6, 0.0], dtype=dtype)
+    expected = torch.tensor([nan, nan, 0.6, 0.25, 0.5, nan, 0.5, 0.5], dtype=dtype)
+    for order in ([0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0], [1, 0, 2, 5, 3, 6, 4]):
+        for backend in ("cpu", "reference"):
+            occs = start.clone()
+            occupied = update_occupancy(
+                occs, cells[order], values[order], 0.5, 0.01, backend=backend
+            )
+            torch.testing.assert_close(occs, expected, rtol=0, atol=0, equal_nan=True)
+            assert not occupied.any()  # the mean is NaN
+
+
 def _adam_state(n: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [randn(n, seed=1, dtype=dtype), *(torch.zeros(n, dtype=dtype) for _ in range(2))]
 
@@ -140,3 +177,90 @@ def test_adam_shows_nan() -> None:
     grad[3] = float("nan")
     adam_step(param, grad, m, v, 1, 1e-2, (0.9, 0.99), 1e-15, backend="cpu")
     assert param[3].isnan() and int(param.isnan().sum()) == 1
+
+
+def test_adam_without_eps_is_the_twins_nan_at_rest() -> None:
+    results = []
+    for backend in ("cpu", "reference"):
+        param, m, v = _adam_state(40, torch.float32)
+        grad = torch.zeros(40)
+        grad[3] = 2.0
+        adam_step(param, grad, m, v, 1, 1e-2, (0.9, 0.99), 0.0, backend=backend)
+        results.append(param)
+    torch.testing.assert_close(*results, rtol=2e-6, atol=0.0, equal_nan=True)
+    assert int(results[0].isnan().sum()) == 39
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_adam_reads_step_and_rate_from_tensors(dtype: torch.dtype, backend: str) -> None:
+    n = 1503
+    plain, given = _adam_state(n, dtype), _adam_state(n, dtype)
+    step_at, lr_at = torch.tensor(0), torch.zeros((), dtype=F64)
+    for step in range(1, 5):
+        grad = randn(n, seed=step, dtype=dtype)
+        rate = 1e-2 / step
+        adam_step(plain[0], grad, *plain[1:], step, rate, (0.9, 0.99), 1e-15, backend=backend)
+        step_at.add_(1)
+        lr_at.fill_(rate)
+        adam_step(given[0], grad, *given[1:], step_at, lr_at, (0.9, 0.99), 1e-15, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(plain, given, strict=True))
+    assert not torch.equal(plain[0], _adam_state(n, dtype)[0])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_adam_skips_where_told(backend: str) -> None:
+    state = [*_adam_state(1503, torch.float32)]
+    state.append(state[0].half())
+    before = [t.clone() for t in state]
+    grad = torch.full((1503,), float("inf"))
+    for skip, same in ((True, True), (False, False)):
+        adam_step(
+            state[0], grad, state[1], state[2], 1, 1e-2, (0.9, 0.99), 1e-15,
+            shadow=state[3], skip=torch.tensor(skip), backend=backend,
+        )  # fmt: skip
+        assert all(torch.equal(a, b) == same for a, b in zip(state, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("offset", [0, 1])  # of all arrays, in elements: 1 is not 16-byte aligned
+@pytest.mark.parametrize("n", [1, 3, 1024, 2050])
+def test_adam_keeps_the_shadow(dtype: torch.dtype, offset: int, n: int) -> None:
+    results = []
+    for backend in ("cpu", "reference"):
+        state = [torch.cat([t.new_full((offset,), 7.0), t])[offset:] for t in _adam_state(n, dtype)]
+        shadow = torch.cat([torch.full((offset,), 7.0), state[0]]).half()[offset:]
+        for step in range(1, 4):
+            grad = torch.cat([torch.zeros(offset, dtype=dtype), randn(n, seed=step, dtype=dtype)])
+            grad[::3] = 0.0  # some stay at rest
+            adam_step(
+                state[0], grad[offset:], state[1], state[2], step, 1e-2, (0.9, 0.99), 1e-15,
+                shadow=shadow, backend=backend,
+            )  # fmt: skip
+        assert torch.equal(shadow, state[0].half())
+        results.append(state)
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-13  # as above
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_adams_shadow_rounds_as_torch_does(dtype: torch.dtype) -> None:
+    """Every half, the middle between each and the next, and both sides of that middle."""
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    exact = halves[halves.isfinite()].float().unique()  # in order
+    middle = (exact[1:] + exact[:-1]) / 2  # exact in f32
+    huge = torch.tensor([65519.99, 65520.0, 65536.0, 1e30, float("inf"), float("nan"), 1e-8, 1e-45])
+    up, down = (torch.full_like(middle, side) for side in (float("inf"), -float("inf")))
+    points = [exact, middle, middle.nextafter(up), middle.nextafter(down), huge, -huge]
+    param = torch.cat(points).to(dtype)
+    shadow = torch.zeros_like(param, dtype=torch.float16)
+    ones = torch.ones_like(param)  # a rate of zero leaves the parameters as they are
+    before = param.clone()
+    adam_step(
+        param, ones, ones.clone(), ones.clone(), 1, 0.0, (0.9, 0.99), 1e-15,
+        shadow=shadow, backend="cpu",
+    )  # fmt: skip
+    torch.testing.assert_close(param, before, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(shadow, before.half(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(shadow.signbit(), before.half().signbit())  # of zeros, too

@@ -1,8 +1,11 @@
 // The occupancy grid's update on the CPU (methods.md D, Marching).
-// Twin: sdi_fast/reference/occupancy.py.
+// Twin: sdi_fast/reference/occupancy.py. Maths: math/occupancy.h.
 //
-// Serial: 32768 cells. A cell given more than once decays once and takes its largest value.
+// Serial: 32768 cells. A cell given more than once decays once and takes its largest value, NaN
+// above all, so that the order of `cells` does not matter.
 // Precision: T, the mean's sum in double. Per cell: 1 number read and written, a byte written.
+#include "../math/occupancy.h"
+
 #include "dispatch.h"
 #include "parallel.h"
 #include "ranges.h"
@@ -21,12 +24,11 @@ int launch_occupancy_update(const OccupancyArgs<T>& a, int) {
     T& cell = a.occs[a.cells[j]];
     if (!touched.get()[a.cells[j]]) cell *= decay;
     touched.get()[a.cells[j]] = 1;
-    cell = a.values[j] <= cell ? cell : a.values[j];  // NaN goes in, and shows
+    cell = larger(cell, a.values[j]);
   }
   double sum = 0;
   for (int64_t i = 0; i < a.n_cells; ++i) sum += a.occs[i];
-  const T mean = static_cast<T>(sum / static_cast<double>(a.n_cells));
-  const T limit = static_cast<T>(a.threshold) < mean ? static_cast<T>(a.threshold) : mean;
+  const T limit = occupied_above<T>(sum, a.n_cells, a.threshold);
   for (int64_t i = 0; i < a.n_cells; ++i) a.occupied[i] = a.occs[i] > limit;
   return kOk;
 }

@@ -25,10 +25,6 @@ SDI_PENDING(shade_fwd, ShadeArgs)
 SDI_PENDING(shade_bwd, ShadeArgs)
 SDI_PENDING(composite_fwd, CompositeFwdArgs)
 SDI_PENDING(composite_bwd, CompositeBwdArgs)
-SDI_PENDING(convexity_fwd, ConvexityArgs)
-SDI_PENDING(convexity_bwd, ConvexityArgs)
-SDI_PENDING(occupancy_update, OccupancyArgs)
-SDI_PENDING(adam_step, AdamArgs)
 
 }  // namespace cuda
 }  // namespace sdi

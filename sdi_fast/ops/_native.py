@@ -119,11 +119,11 @@ def n_threads() -> int:
 def call(op: str, tensor: Tensor, *args: Any, indices: str = "") -> None:
     """Run the extension's launcher `op` on `tensor`'s device and in its precision.
 
-    Tensors pass as addresses; on a GPU the op is queued on the current stream. `indices` names the
-    argument whose entries the CPU launcher checks against their array.
+    Tensors pass as addresses, None as the null one; on a GPU the op is queued on the current
+    stream. `indices` names the argument whose entries the CPU launcher checks against their array.
     """
     mode = int(tensor.dtype == torch.float64)
-    raw = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
+    raw = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in args]
     launcher = getattr(extension(), op)
     if not tensor.is_cuda:
         check_status(op, launcher(mode, *raw, n_threads()), indices)

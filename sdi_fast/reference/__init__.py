@@ -11,6 +11,7 @@ from .hash_encode import hash_encode
 from .march import march
 from .occupancy import update_occupancy
 from .prune import prune
+from .ray_losses import ray_losses
 from .rays import generate_rays
 from .render_views import render_views
 from .shade import shade
@@ -26,6 +27,7 @@ __all__ = [
     "hash_encode",
     "march",
     "prune",
+    "ray_losses",
     "render_views",
     "shade",
     "update_occupancy",
