@@ -87,8 +87,8 @@ struct Worker {
 
 template <class T>
 __device__ T* shared_rows() {
-  extern __shared__ double sdi_field_rows[];  // the stricter of both types' alignments
-  return reinterpret_cast<T*>(sdi_field_rows);
+  SDI_DYNAMIC_SHARED(double, field_rows);
+  return reinterpret_cast<T*>(field_rows);
 }
 
 // Samples past the end repeat the last one; their results are thrown away.

@@ -28,6 +28,9 @@ bool allow_shared(Kernel* kernel, size_t bytes) {
                               static_cast<int>(bytes)) == cudaSuccess;
 }
 
+// Dynamic shared memory, as `type name[]`. The emulator (tests/emulator) has its own.
+#define SDI_DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
+
 // Every launch goes through here; the emulator of the tests has its own version.
 template <class... Params, class... Args>
 int launch(void (*kernel)(Params...), unsigned blocks, int threads, size_t shared, void* stream,
