@@ -177,10 +177,11 @@ void bind_field(py::module_& m) {
                         Address density_w1, Address density_w2, Address color_w1, Address color_w2,
                         Address grad_density, Address grad_albedo, Address grad_normal,
                         Address grad_table, Address grad_density_w1, Address grad_density_w2,
-                        Address grad_color_w1, Address grad_color_w2, Address queue) {
+                        Address grad_color_w1, Address grad_color_w2, Address workspace,
+                        Address queue) {
     return SDI_RUN(field_bwd, FieldBwdArgs, x, {table, density_w1, density_w2, color_w1, color_w2},
                    grad_density, grad_albedo, grad_normal, grad_table, grad_density_w1,
-                   grad_density_w2, grad_color_w1, grad_color_w2, n, spec);
+                   grad_density_w2, grad_color_w1, grad_color_w2, workspace, n, spec);
   });
 }
 
@@ -380,6 +381,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("OCCUPANCY_MAX_BLOCKS") = kOccupancyMaxBlocks;
   m.attr("RAY_LOSSES_MAX_BLOCKS") = kRayLossesMaxBlocks;
   m.attr("RAY_SUMS") = kRaySums;
+  m.attr("FIELD_MAX_BLOCKS") = kFieldMaxBlocks;
   bind_field(m);
   bind_samples(m);
   bind_image(m);

@@ -15,6 +15,7 @@ from conftest import GOLDEN_BACKGROUND_NAMES, GOLDEN_FIELD_NAMES, relative_error
 from fused_cases import DEVICE, fused, needs_kernels, to
 from torch import Tensor
 
+from sdi_fast.camera import camera_to
 from sdi_fast.config import FieldConfig, LossConfig, RenderConfig
 from sdi_fast.field import EnvironmentBackground, NeRFField
 from sdi_fast.losses import loss_weights, render_losses
@@ -30,7 +31,15 @@ SHADINGS = ("albedo", "textureless", "diffuse")
 OUTPUTS = ("comp_rgb", "comp_rgb_bg", "opacity", "depth", "z_variance", "comp_normal")
 WITH_COTANGENT = ("comp_rgb", "opacity", "depth", "z_variance", "comp_normal")
 LOSSES = ("orient", "sparsity", "opaque", "z_variance", "convex")
-BACKENDS = ["reference", *(["auto"] if _native.is_available() else [])]
+BACKENDS = [
+    "reference",
+    *(["auto"] if _native.is_available() else []),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+def _device(backend: str) -> str:
+    return "cuda" if backend == "cuda" else "cpu"
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,15 @@ class Scene:
     occupancy: FixedOccupancy
     camera: Camera
     render_config: RenderConfig
+
+    def on(self, device: str) -> Scene:
+        return Scene(
+            self.field.to(device),
+            self.background.to(device),
+            FixedOccupancy(self.occupancy.binary.to(device)),
+            camera_to(self.camera, device),
+            self.render_config,
+        )
 
     def render(self, step: int, shading: str, backend: str) -> RenderOutput:
         renderer = Renderer(self.field.config, self.render_config, backend)
@@ -161,12 +179,13 @@ def test_outputs_and_gradients(
     scene: Scene, golden_render: dict[str, Tensor], step: int, shading: str, backend: str
 ) -> None:
     case = f"step{step}.{shading}"
+    scene = scene.on(_device(backend))
     output = scene.render(step, shading, backend)
     for name in OUTPUTS:
         assert relative_error(getattr(output, name), golden_render[f"{case}.{name}"]) < 1e-4, name
 
     total = sum(
-        (getattr(output, name) * golden_render[f"cotangent.{name}"]).sum()
+        (getattr(output, name) * golden_render[f"cotangent.{name}"].to(_device(backend))).sum()
         for name in WITH_COTANGENT
     )
     total.backward()
@@ -186,6 +205,7 @@ def test_losses_and_gradients(
 ) -> None:
     expected = golden_render_cases["losses"][str(step)]
     config = LossConfig()
+    scene = scene.on(_device(backend))
     output = scene.render(step, "albedo", backend)
     losses = render_losses(output, scene.camera, config, step)
     weights = loss_weights(config, step)

@@ -38,7 +38,7 @@ constexpr int kGroups = kFusedHidden / 16;
 #ifndef MINS
 #define MINS 8
 #endif
-constexpr int kMinShared = MINS;         // lanes that must share a cell with another for a warp's sums
+constexpr int kMinShared = MINS;      // lanes that must share a cell with another for a warp's sums
 constexpr uint32_t kMaxKeyed = 1024;  // resolution up to which a cell's coordinates fit one key
 
 struct alignas(16) WarpMemory {
@@ -383,7 +383,8 @@ __device__ __forceinline__ void add_corners(float* entries, const uint32_t (&ind
 __device__ __forceinline__ void add_runs(uint32_t heads, int lane, float (&v)[16]) {
   const uint32_t behind = lane == kWarp - 1 ? 0u : heads >> (lane + 1);
   const int end = behind ? lane + __ffs(static_cast<int>(behind)) : kWarp;  // of this lane's run
-  const int longest = static_cast<int>(__reduce_max_sync(kAllLanes, static_cast<unsigned>(end - lane)));
+  const int longest =
+      static_cast<int>(__reduce_max_sync(kAllLanes, static_cast<unsigned>(end - lane)));
 #pragma unroll 1
   for (int offset = 1; offset < longest; offset *= 2) {
     const bool is_same = lane + offset < end;

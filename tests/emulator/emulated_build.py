@@ -38,13 +38,6 @@ def all_ops() -> set[str]:
     return set(re.findall(r"^  X\((\w+), ", (CSRC / "ops.h").read_text(), flags=re.MULTILINE))
 
 
-def pending_ops() -> set[str]:
-    """Ops whose CUDA kernels are still to be written."""
-    file = CSRC / "cuda" / "pending.cu"
-    text = file.read_text() if file.exists() else ""
-    return set(re.findall(r"^SDI_PENDING\((\w+), ", text, flags=re.MULTILINE))
-
-
 def compiler() -> str:
     return os.environ.get("CXX", "g++")
 
