@@ -33,12 +33,10 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kEncodeUnroll = 1;
 constexpr int kBlocks = 2;  // a multiprocessor
 constexpr int kGroups = kFusedHidden / 16;
-#ifndef MINS
-#define MINS 8
-#endif
-constexpr int kMinShared = MINS;      // lanes that must share a cell with another for a warp's sums
+constexpr int kMinShared = 8;  // lanes that must share a cell with another for sums over the warp
 constexpr uint32_t kMaxKeyed = 1024;  // resolution up to which a cell's coordinates fit one key
 
 struct alignas(16) WarpMemory {
@@ -520,7 +518,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         place_sample(spec, ray, 0.5f * (begin_of(ray, k) + begin_of(ray, k + 1.0f)), x, u);
       }
       __syncwarp();  // the last samples' memory is read
-      encode(spec, a.table, has, u, lane, memory.features, memory.jacobian);
+      encode<kEncodeUnroll>(spec, a.table, has, u, lane, memory.features, memory.jacobian);
       uint32_t mask[2];
       evaluate_mlps(weights, lane, memory.features, memory.slope, memory.outputs, mask);
       Cotangents c{};

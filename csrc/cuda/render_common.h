@@ -168,15 +168,13 @@ __device__ __forceinline__ uint32_t to_half2(float x, float y) {
 }
 
 // Features and their slopes inside the cell (d feature / d u divided by the level's scale) of this
-// lane's sample. Lanes without one write zeros.
+// lane's sample. Lanes without one write zeros. kUnroll: levels at once; more of them hide each
+// other's latency, fewer leave the instruction cache to the rest of the kernel.
+template <int kUnroll>
 __device__ __forceinline__ void encode(const FusedSpec& spec, const uint16_t* table, bool is_live,
                                        const float u[3], int lane, HalfTile& features,
                                        JacobianTile& jacobian) {
   uint32_t* row = reinterpret_cast<uint32_t*>(features[lane]);
-#ifndef UNR
-#define UNR 2
-#endif
-  constexpr int kUnroll = UNR;
 #pragma unroll kUnroll
   for (int l = 0; l < kFusedLevels; ++l) {
     uint32_t value = 0, slopes[3] = {0, 0, 0};

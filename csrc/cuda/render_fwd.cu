@@ -33,6 +33,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kEncodeUnroll = 2;
 constexpr int kBlocks = 3;  // a multiprocessor
 constexpr int kPackThreads = 256;
 
@@ -200,7 +201,7 @@ __device__ __forceinline__ bool take_samples(const RenderViewsArgs& a, const Fus
   float x[3], u[3];
   if (has) place_sample(spec, ray, middle, x, u);
   __syncwarp();  // the last samples' slopes are read
-  encode(spec, a.table, has, u, lane, memory.features, memory.jacobian);
+  encode<kEncodeUnroll>(spec, a.table, has, u, lane, memory.features, memory.jacobian);
   uint32_t mask[2];
   evaluate_mlps(weights, lane, memory.features, memory.slope, memory.outputs, mask);
   if (!has) return false;
