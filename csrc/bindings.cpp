@@ -18,6 +18,7 @@
 #include "cpu/dispatch.h"
 #ifdef SDI_FAST_WITH_CUDA
 #include "cuda/dispatch.h"
+#include "render.h"
 #endif
 
 namespace py = pybind11;
@@ -71,13 +72,19 @@ int with_type(int mode, Call&& call) {
   return mode & kDouble ? call(double()) : call(float());
 }
 
+#ifdef SDI_EMULATE  // tests/emulator: the CUDA kernels run on CPU tensors
+#define SDI_ON_CPU(name) return cuda::launch_##name<T>(args, nullptr)
+#else
+#define SDI_ON_CPU(name) return cpu_kernels<T>().name(args, static_cast<int>(queue.value))
+#endif
+
 // `queue` is the number of threads, or the stream.
-#define SDI_RUN(name, Args, ...)                                       \
-  with_type(mode, [&](auto zero) {                                     \
-    using T = decltype(zero);                                          \
-    const Args<T> args{__VA_ARGS__};                                   \
-    if (mode & kOnGpu) SDI_ON_GPU(name);                               \
-    return cpu_kernels<T>().name(args, static_cast<int>(queue.value)); \
+#define SDI_RUN(name, Args, ...)         \
+  with_type(mode, [&](auto zero) {       \
+    using T = decltype(zero);            \
+    const Args<T> args{__VA_ARGS__};     \
+    if (mode & kOnGpu) SDI_ON_GPU(name); \
+    SDI_ON_CPU(name);                    \
   })
 
 GridSpec make_grid(int n_features, const std::vector<double>& scales,
@@ -130,6 +137,9 @@ py::dict build_info() {
 #endif
   info["openmp_runtime"] = openmp_runtime();
   info["cpu_isa"] = cpu_isa();
+#ifdef SDI_EMULATE
+  info["is_emulated"] = true;
+#endif
 #ifdef SDI_FAST_WITH_CUDA
   info["cuda_archs"] = SDI_FAST_CUDA_ARCHS;
   info["nvcc"] = SDI_FAST_NVCC;
@@ -167,10 +177,11 @@ void bind_field(py::module_& m) {
                         Address density_w1, Address density_w2, Address color_w1, Address color_w2,
                         Address grad_density, Address grad_albedo, Address grad_normal,
                         Address grad_table, Address grad_density_w1, Address grad_density_w2,
-                        Address grad_color_w1, Address grad_color_w2, Address queue) {
+                        Address grad_color_w1, Address grad_color_w2, Address workspace,
+                        Address queue) {
     return SDI_RUN(field_bwd, FieldBwdArgs, x, {table, density_w1, density_w2, color_w1, color_w2},
                    grad_density, grad_albedo, grad_normal, grad_table, grad_density_w1,
-                   grad_density_w2, grad_color_w1, grad_color_w2, n, spec);
+                   grad_density_w2, grad_color_w1, grad_color_w2, workspace, n, spec);
   });
 }
 
@@ -291,6 +302,73 @@ void bind_losses(py::module_& m) {
         });
 }
 
+#ifdef SDI_FAST_WITH_CUDA
+// Lists, since a call with 30 addresses cannot be read: their order is that of the members.
+RenderViewsArgs make_render_views(const FieldSpec& spec, const std::vector<int64_t>& sizes,
+                                  const std::vector<double>& lengths,
+                                  const std::vector<Address>& at, Address next_tile) {
+  if (sizes.size() != 6 || lengths.size() != 4 || at.size() != 20) {
+    throw py::value_error("render_views: expected 6 sizes, 4 lengths and 20 addresses");
+  }
+  return RenderViewsArgs{at[0],
+                         at[1],
+                         at[2],
+                         at[3],
+                         at[4],
+                         at[5],
+                         at[6],
+                         at[7],
+                         at[8],
+                         at[9],
+                         at[10],
+                         at[11],
+                         at[12],
+                         at[13],
+                         at[14],
+                         at[15],
+                         at[16],
+                         at[17],
+                         at[18],
+                         at[19],
+                         next_tile,
+                         sizes[0],
+                         sizes[1],
+                         sizes[2],
+                         sizes[3],
+                         static_cast<int32_t>(sizes[4]),
+                         static_cast<int32_t>(sizes[5]),
+                         lengths[0],
+                         lengths[1],
+                         lengths[2],
+                         lengths[3],
+                         spec};
+}
+
+// `mode` is there for _native.call: these are for the GPU and f32 alone.
+void bind_render(py::module_& m) {
+  m.def("render_views_words", &render_views_words);
+  m.def("render_views_fwd", [](int, const FieldSpec& spec, const std::vector<int64_t>& sizes,
+                               const std::vector<double>& lengths,
+                               const std::vector<Address>& addresses, Address next_tile,
+                               Address stream) {
+    const RenderViewsArgs args = make_render_views(spec, sizes, lengths, addresses, next_tile);
+    const py::gil_scoped_release unlocked;
+    return cuda::launch_render_views_fwd(args, stream);
+  });
+  m.def("render_views_bwd", [](int, const FieldSpec& spec, const std::vector<int64_t>& sizes,
+                               const std::vector<double>& lengths,
+                               const std::vector<Address>& addresses, Address next_tile,
+                               const std::vector<Address>& at, Address stream) {
+    if (at.size() != 11) throw py::value_error("render_views_bwd: expected 11 addresses");
+    const RenderViewsArgs args = make_render_views(spec, sizes, lengths, addresses, next_tile);
+    const RenderViewsGrads grads{at[0], at[1], at[2], at[3], at[4], at[5],
+                                 at[6], at[7], at[8], at[9], at[10]};
+    const py::gil_scoped_release unlocked;
+    return cuda::launch_render_views_bwd(args, grads, stream);
+  });
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -303,10 +381,14 @@ PYBIND11_MODULE(_C, m) {
   m.attr("OCCUPANCY_MAX_BLOCKS") = kOccupancyMaxBlocks;
   m.attr("RAY_LOSSES_MAX_BLOCKS") = kRayLossesMaxBlocks;
   m.attr("RAY_SUMS") = kRaySums;
+  m.attr("FIELD_MAX_BLOCKS") = kFieldMaxBlocks;
   bind_field(m);
   bind_samples(m);
   bind_image(m);
   bind_losses(m);
+#ifdef SDI_FAST_WITH_CUDA
+  bind_render(m);
+#endif
   m.def("adam_step",
         [](int mode, int64_t n, Address param, Address grad, Address exp_avg, Address exp_avg_sq,
            Address shadow, Address step_at, Address lr_at, Address skip, int64_t step, double lr,

@@ -7,6 +7,8 @@
 
 namespace sdi {
 
+// A row of packed_info that leaves [0, n) is refused on the CPU; on the GPU, where finding out would
+// take a synchronisation, it counts as empty.
 template <class T>
 struct CompositeFwdArgs {
   const T* density;            // [n], 1/scene unit
@@ -46,7 +48,7 @@ struct CompositeBwdArgs {
   const T* grad_normal_sum;    // [n_rays, 3]
   const T* grad_z_variance;    // [n_rays]
   const T* grad_orient;        // [n_rays]
-  T* grad_density;             // [n]
+  T* grad_density;             // [n]; as weights outside the rays' ranges, and so are the next two
   T* grad_rgb;                 // [n, 3]
   T* grad_normal;              // [n, 3]
   int64_t n;

@@ -6,6 +6,8 @@
 
 namespace sdi {
 
+constexpr int kFieldMaxBlocks = 528;  // of the CUDA backward: rows of its workspace
+
 struct FieldSpec {
   GridSpec grid;
   double radius;      // scene units
@@ -56,6 +58,7 @@ struct FieldBwdArgs {
   T* grad_density_w2;     // [1, hidden]
   T* grad_color_w1;       // [hidden, L * F]
   T* grad_color_w2;       // [3, hidden]
+  T* workspace;           // [kFieldMaxBlocks, hidden * (2 L F + 3)]; CUDA only
   int64_t n;
   FieldSpec spec;
 };

@@ -26,15 +26,16 @@ struct MarchArgs {
   double near;       // scene units
 };
 
-// Two passes, as above: count also marks what is kept.
+// Two passes, as above: count also marks what is kept. A row of packed_info that leaves [0, n) is
+// refused on the CPU; on the GPU it counts as empty.
 template <class T>
 struct PruneArgs {
   const T* density;             // [n], 1/scene unit
   const T* t_starts;            // [n]
   const T* t_ends;              // [n]
   const int64_t* packed_info;   // [n_rays, 2]
-  uint8_t* keep;                // [n]; written by count, read by fill
-  int64_t* counts;              // [n_rays]; written by count
+  uint8_t* keep;                // [n], zeroed by the caller; written by count, read by fill
+  int64_t* counts;              // [n_rays]; written by count, read by fill
   const int64_t* first_sample;  // [n_rays]; read by fill
   int64_t* ray_indices_out;     // [kept]; written by fill
   T* t_starts_out;              // [kept]

@@ -90,6 +90,9 @@ class RenderConfig:
     ambient_only_steps: int = 1000  # albedo shading only, before this step
     albedo_prob: float = 0.7  # afterwards
     textureless_prob: float = 0.225  # afterwards; diffuse takes the rest
+    # "fp16": the fused CUDA renderer; "fp32": one op after another; "auto": the fused one where the
+    # device and the field's form allow it
+    precision: Literal["auto", "fp16", "fp32"] = "auto"
 
     def step_size(self, radius: float) -> float:
         """Length of a marching step, scene units: the box's diagonal over the samples of a ray."""

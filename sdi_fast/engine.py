@@ -158,7 +158,7 @@ class Engine:
             loss=value,
             t=t,
             losses=parts,
-            n_samples=output.n_samples,
+            n_samples=int(output.n_samples),
             n_unet_calls=n_calls,
             skipped=skipped,
             seconds=time.perf_counter() - started,

@@ -18,13 +18,16 @@ from .ops.field import field as field_op
 from .ops.march import march
 from .ops.prune import prune
 from .ops.rays import generate_rays
+from .ops.render_views import can_fuse, render_views
 from .ops.shade import shade
 from .types import (
     Camera,
     Composited,
     FieldParams,
     FieldSpec,
+    MarchSpec,
     Rays,
+    RaySums,
     RenderOutput,
     Samples,
     SDIFastError,
@@ -60,6 +63,7 @@ class Occupancy(Protocol):
     binary: Tensor  # [G, G, G] bool
 
     def mean(self) -> float: ...
+    def mean_tensor(self) -> Tensor: ...
 
 
 class Renderer:
@@ -76,6 +80,11 @@ class Renderer:
             raise SDIFastError(
                 "render.n_samples_per_ray: expected at least 1, "
                 f"got {render_config.n_samples_per_ray}"
+            )
+        if render_config.precision not in ("auto", "fp16", "fp32"):
+            raise SDIFastError(
+                'render.precision: expected "auto", "fp16" or "fp32", '
+                f"got {render_config.precision!r}"
             )
         self.config = render_config
         self.radius = field_config.radius
@@ -100,12 +109,59 @@ class Renderer:
         """
         rays = self._rays(camera)
         active = field.active_levels(step)
-        samples = self._visible_samples(field, occupancy, rays, active, jitter_generator)
-        composited = self._composite(field, rays, samples, camera.light_positions, active, shading)
+        sums: RaySums | Composited
+        n_samples: int | Tensor
+        if self._is_fused(field, camera):
+            sums, n_samples = self._fused(
+                field, occupancy, camera, rays, active, shading, jitter_generator
+            )
+        else:
+            samples = self._visible_samples(field, occupancy, rays, active, jitter_generator)
+            sums = self._composite(field, rays, samples, camera.light_positions, active, shading)
+            n_samples = samples.n_samples
         sky = background_op(
             rays.directions, background.w1, background.w2, background.w3, backend=self.backend
         )
-        return _images(composited, sky, rays, samples.n_samples)
+        return _images(sums, sky, rays, n_samples)
+
+    def _is_fused(self, field: Field, camera: Camera) -> bool:
+        """Whether the fused kernels take this; SDIFastError where they are asked for and cannot."""
+        if self.config.precision == "fp32" or self.backend not in ("auto", "cuda"):
+            can = False
+        else:
+            can = can_fuse(field.spec, camera.c2w)
+        if self.config.precision == "fp16" and not can:
+            raise SDIFastError(
+                'render.precision: "fp16" needs a CUDA device, an extension built with nvcc and a '
+                'field that sdi_fast.ops.render_views takes; use "auto" or "fp32"'
+            )
+        return can
+
+    def _fused(
+        self,
+        field: Field,
+        occupancy: Occupancy,
+        camera: Camera,
+        rays: Rays,
+        active_levels: int,
+        shading: str,
+        jitter_generator: torch.Generator | None,
+    ) -> tuple[RaySums, Tensor]:
+        """The sums of all rays, and how many samples they hold."""
+        config = self.config
+        sums = render_views(
+            camera,
+            field.params(),
+            field.spec,
+            active_levels,
+            occupancy.binary,
+            MarchSpec(self.step_size, config.near, config.early_stop_eps, config.alpha_threshold),
+            shading,
+            alpha_bound=occupancy.mean_tensor(),
+            jitter=self._jitter(rays, jitter_generator),
+            backend=self.backend,
+        )
+        return sums, sums.counts[0]
 
     def _rays(self, camera: Camera) -> Rays:
         origins, directions = generate_rays(
@@ -213,25 +269,25 @@ def _in_chunks(
 
 
 def _images(
-    composited: Composited,
+    sums: Composited | RaySums,
     sky: Tensor,  # [R, 3] in [0, 1]
     rays: Rays,
-    n_samples: int,
+    n_samples: int | Tensor,
 ) -> RenderOutput:
-    opacity = composited.opacity[:, None]
-    unit_normal = F.normalize(composited.normal_sum, dim=-1, eps=NORMALIZE_EPS)
+    opacity = sums.opacity[:, None]
+    unit_normal = F.normalize(sums.normal_sum, dim=-1, eps=NORMALIZE_EPS)
 
     def image(values: Tensor) -> Tensor:
         return values.reshape(rays.batch_size, rays.height, rays.width, -1)
 
     return RenderOutput(
-        comp_rgb=image(composited.rgb + (1.0 - opacity) * sky),
-        comp_rgb_fg=image(composited.rgb),
+        comp_rgb=image(sums.rgb + (1.0 - opacity) * sky),
+        comp_rgb_fg=image(sums.rgb),
         comp_rgb_bg=image(sky),
         opacity=image(opacity),
-        depth=image(composited.depth),
-        z_variance=image(composited.z_variance),
+        depth=image(sums.depth),
+        z_variance=image(sums.z_variance),
         comp_normal=image(opacity * (unit_normal + 1.0) / 2.0),
-        orient=image(composited.orient),
+        orient=image(sums.orient),
         n_samples=n_samples,
     )

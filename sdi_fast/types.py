@@ -81,6 +81,29 @@ class Composited:
 
 
 @dataclass(frozen=True)
+class MarchSpec:
+    """What fixes where a ray is sampled besides the occupancy grid (methods.md D, Marching)."""
+
+    step_size: float  # scene units
+    near: float = 0.0  # scene units
+    early_stop_eps: float = 1e-4  # transmittance
+    alpha_threshold: float = 0.01
+
+
+@dataclass(frozen=True)
+class RaySums:
+    """What rendering leaves of each ray: `Composited` without what belongs to samples."""
+
+    rgb: Tensor  # [R, 3], sum w c, no background
+    opacity: Tensor  # [R], sum w, in [0, 1]
+    depth: Tensor  # [R], sum w t_mid, scene units, not normalised
+    normal_sum: Tensor  # [R, 3], sum w n
+    z_variance: Tensor  # [R], scene units^2, 0 where opacity <= 0.5
+    orient: Tensor  # [R], sum sg(w) max(0, n . d)^2
+    counts: Tensor  # [2] i64: samples kept, samples whose density was evaluated
+
+
+@dataclass(frozen=True)
 class RenderOutput:
     """Images of one batch of views."""
 
@@ -92,7 +115,7 @@ class RenderOutput:
     z_variance: Tensor  # [B, H, W, 1]
     comp_normal: Tensor  # [B, H, W, 3], opacity * (n + 1) / 2, world frame
     orient: Tensor  # [B, H, W, 1], per-ray orientation penalty, not normalised
-    n_samples: int  # surviving samples
+    n_samples: int | Tensor  # surviving samples; a 0-dim i64 tensor where reading it would wait
 
 
 @dataclass(frozen=True)

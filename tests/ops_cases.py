@@ -7,16 +7,28 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from conftest import random_field, relative_error
 from torch import Tensor
 
 from sdi_fast.reference.hash_encode import hash_encode
-from sdi_fast.types import FieldParams, FieldSpec, Samples
+from sdi_fast.types import FieldParams, FieldSpec, HashGridSpec, Samples
 
 F64 = torch.float64
 
 # f64 sums of some thousand terms in another order: 1e-16 times a condition number of up to 1e4
 F64_TOLERANCE = 1e-12
+
+# shapes that leave odd ends everywhere: features, hidden units, levels, samples
+SPECS = {
+    "official_shape": FieldSpec(HashGridSpec(6, 2, 9, 4, 1.7), hidden=64),
+    "one_feature": FieldSpec(HashGridSpec(5, 1, 8, 3, 1.5), hidden=17),
+    "three_features": FieldSpec(HashGridSpec(3, 3, 9, 4, 1.9), hidden=5, radius=1.3),
+    "four_features": FieldSpec(HashGridSpec(4, 4, 10, 5, 1.5), hidden=33, blob_std=0.3),
+}
+
+COUNTS = (5, 0, 1, 40, 0, 17, 3)  # samples of rays
+SUMS = ("rgb", "opacity", "depth", "normal_sum", "z_variance", "orient")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -55,6 +67,7 @@ def worst_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 def assert_single_precision_rule(
     run: Callable[[torch.dtype, str], Sequence[Tensor]],  # (dtype, backend) -> tensors
+    backend: str = "cpu",
 ) -> None:
     """style.md 4: each error in f32 is at most twice the PyTorch twin's, both against f64.
 
@@ -62,7 +75,7 @@ def assert_single_precision_rule(
     exactly right.
     """
     exact = run(torch.float64, "reference")
-    ours, twin = run(torch.float32, "cpu"), run(torch.float32, "reference")
+    ours, twin = run(torch.float32, backend), run(torch.float32, "reference")
     for i, (e, o, t) in enumerate(zip(exact, ours, twin, strict=True)):
         allowed = 2.0 * relative_error(t, e) + 2e-7
         assert relative_error(o, e) <= allowed, f"tensor {i}"
@@ -122,3 +135,34 @@ def random_samples(
 
 def as_tuple(samples: Samples) -> tuple[Any, ...]:
     return (samples.ray_indices, samples.t_starts, samples.t_ends, samples.packed_info)
+
+
+def rays_at(n: int, dtype: torch.dtype, distance: float = 1.7) -> tuple[Tensor, Tensor]:
+    """Origins and directions [n, 3] of rays from that distance, more or less to the centre."""
+    origins = F.normalize(randn(n, 3, seed=1), dim=-1) * distance
+    directions = F.normalize(randn(n, 3, seed=2) * 0.5 - origins, dim=-1)
+    return origins.to(dtype), directions.to(dtype)
+
+
+def composite_inputs(
+    dtype: torch.dtype, counts: Sequence[int] = COUNTS
+) -> tuple[Samples, list[Tensor], Tensor]:
+    """Samples; density, rgb and normal, leaves with gradients; directions."""
+    samples = random_samples(counts, dtype=dtype)
+    n, rays = samples.n_samples, len(counts)
+    # from thin to opaque, so that both sides of O = 0.5 occur
+    density = (rand(n, seed=1).float() ** 3 * 60.0).to(dtype)
+    rgb = rand(n, 3, seed=2).float().to(dtype)
+    normal = F.normalize(randn(n, 3, seed=3), dim=-1).float().to(dtype)
+    directions = F.normalize(randn(rays, 3, seed=4), dim=-1).float().to(dtype)
+    return samples, [t.requires_grad_() for t in (density, rgb, normal)], directions
+
+
+def shade_inputs(dtype: torch.dtype, n: int = 200) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Albedo and normal, leaves with gradients; positions, lights and views."""
+    albedo = rand(n, 3, seed=1).float().to(dtype).requires_grad_()
+    normal = F.normalize(randn(n, 3, seed=2), dim=-1).float().to(dtype).requires_grad_()
+    x = randn(n, 3, seed=3).float().to(dtype)
+    lights = (randn(3, 3, seed=4) * 2).float().to(dtype)
+    views = torch.arange(n) * 3 // n
+    return [albedo, normal], (x, lights, views)

@@ -27,7 +27,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
 
 from sdi_fast.kernels.composite import composite_bwd, composite_fwd
-from sdi_fast.ops.composite import _triton_forward
+from sdi_fast.ops.composite import _forward
 from sdi_fast.ops.composite import composite as composite_op
 from sdi_fast.reference.composite import composite
 from sdi_fast.types import Samples
@@ -228,7 +228,7 @@ def test_the_op_reaches_it_by_name() -> None:
     grads = torch.autograd.grad(sums, leaves, cotangents(sums))
     ours = [*(s.detach() for s in sums), result.weights, *grads]
     assert all(torch.equal(a, b) for a, b in zip(ours, _kernel(args), strict=True))
-    torch.library.opcheck(_triton_forward, (args[0], *leaves[1:], *args[3:]))
+    torch.library.opcheck(_forward, (args[0], *leaves[1:], *args[3:], True))
 
 
 @pytest.mark.gpu

@@ -78,7 +78,7 @@ def _opcheck_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "density": (field_module._density, (*(t.detach() for t in tensors), *numbers)),
         "field": (field_module._forward, (*tensors, *numbers)),
         "shade": (shade_module._forward, (*colours, x, torch.randn(1, 3), views, 2)),
-        "composite": (composite_module._forward, sums),
+        "composite": (composite_module._forward, (*sums, False)),
         "background": (background_module._forward, (x, *weights)),
         "convexity": (
             convexity_module._forward,
@@ -186,7 +186,9 @@ def test_unknown_and_unavailable_backends() -> None:
     x, params = field_inputs(SPEC, 5, 3)
     with pytest.raises(SDIFastError, match='backend: expected "auto"'):
         density(x, params, SPEC, 3, backend="tpu")
-    with pytest.raises(SDIFastError, match='backend: density has no "cuda" kernel yet'):
+    with pytest.raises(SDIFastError, match='backend: density has no "triton" kernel yet'):
+        density(x, params, SPEC, 3, backend="triton")
+    with pytest.raises(SDIFastError, match='backend: "cuda" takes cuda tensors, got cpu ones'):
         density(x, params, SPEC, 3, backend="cuda")
     with pytest.raises(SDIFastError, match='backend: "cuda" takes cuda tensors, got cpu ones'):
         background(x, rand(16, 9), rand(16, 16), rand(3, 16), backend="cuda")

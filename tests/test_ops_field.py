@@ -8,6 +8,7 @@ from conftest import random_field
 from ops_cases import (
     F64,
     F64_TOLERANCE,
+    SPECS,
     assert_single_precision_rule,
     field_inputs,
     outputs_and_grads,
@@ -22,13 +23,6 @@ from sdi_fast.ops.hash_encode import hash_encode
 from sdi_fast.types import FieldParams, FieldSpec, HashGridSpec
 
 TINY = FieldSpec(HashGridSpec(2, 2, 5, 3, 1.6), hidden=4)  # level 0 dense, level 1 hashed
-# shapes that leave odd ends everywhere: features, hidden units, levels, samples
-SPECS = {
-    "official_shape": FieldSpec(HashGridSpec(6, 2, 9, 4, 1.7), hidden=64),
-    "one_feature": FieldSpec(HashGridSpec(5, 1, 8, 3, 1.5), hidden=17),
-    "three_features": FieldSpec(HashGridSpec(3, 3, 9, 4, 1.9), hidden=5, radius=1.3),
-    "four_features": FieldSpec(HashGridSpec(4, 4, 10, 5, 1.5), hidden=33, blob_std=0.3),
-}
 
 
 def _field(spec: FieldSpec, active: int, dtype: torch.dtype, backend: str, n: int = 333):

@@ -8,14 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ops_cases import (
+    COUNTS,
     F64,
     F64_TOLERANCE,
+    SUMS,
     assert_single_precision_rule,
+    composite_inputs,
     cotangents,
     outputs_and_grads,
     rand,
     randn,
-    random_samples,
+    shade_inputs,
     worst_error,
 )
 from torch import Tensor
@@ -25,23 +28,9 @@ from sdi_fast.ops.composite import composite
 from sdi_fast.ops.convexity import convexity_loss
 from sdi_fast.ops.shade import shade
 
-COUNTS = (5, 0, 1, 40, 0, 17, 3)
-SUMS = ("rgb", "opacity", "depth", "normal_sum", "z_variance", "orient")
-
-
-def _composite_inputs(dtype: torch.dtype, counts: tuple[int, ...] = COUNTS):
-    samples = random_samples(counts, dtype=dtype)
-    n, rays = samples.n_samples, len(counts)
-    # from thin to opaque, so that both sides of O = 0.5 occur
-    density = (rand(n, seed=1).float() ** 3 * 60.0).to(dtype)
-    rgb = rand(n, 3, seed=2).float().to(dtype)
-    normal = F.normalize(randn(n, 3, seed=3), dim=-1).float().to(dtype)
-    directions = F.normalize(randn(rays, 3, seed=4), dim=-1).float().to(dtype)
-    return samples, [t.requires_grad_() for t in (density, rgb, normal)], directions
-
 
 def _composite(dtype: torch.dtype, backend: str, counts: tuple[int, ...] = COUNTS):
-    samples, leaves, directions = _composite_inputs(dtype, counts)
+    samples, leaves, directions = composite_inputs(dtype, counts)
 
     def run() -> list[Tensor]:
         result = composite(*leaves, samples, directions, backend=backend)
@@ -51,7 +40,7 @@ def _composite(dtype: torch.dtype, backend: str, counts: tuple[int, ...] = COUNT
 
 
 def test_composite_gradcheck() -> None:
-    samples, leaves, directions = _composite_inputs(F64, (4, 0, 6, 1))
+    samples, leaves, directions = composite_inputs(F64, (4, 0, 6, 1))
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         result = composite(*tensors, samples, directions, backend="cpu")
@@ -64,7 +53,7 @@ def test_composite_gradcheck() -> None:
 
 
 def test_orient_gradcheck_in_the_normal() -> None:
-    samples, (density, rgb, normal), directions = _composite_inputs(F64, (4, 0, 6, 1))
+    samples, (density, rgb, normal), directions = composite_inputs(F64, (4, 0, 6, 1))
     assert torch.autograd.gradcheck(
         lambda n: (
             composite(density.detach(), rgb.detach(), n, samples, directions, backend="cpu").orient
@@ -84,7 +73,7 @@ def test_composite_matches_twin_in_f64() -> None:
 def test_each_output_alone_has_the_twins_gradient(name: str) -> None:
     grads = []
     for backend in ("cpu", "reference"):
-        samples, leaves, directions = _composite_inputs(F64)
+        samples, leaves, directions = composite_inputs(F64)
         value = getattr(composite(*leaves, samples, directions, backend=backend), name)
         found = torch.autograd.grad(value, leaves, cotangents([value]), allow_unused=True)
         grads.append(
@@ -104,7 +93,7 @@ def test_composite_obeys_single_precision_rule() -> None:
 
 
 def test_weights_match_and_carry_no_gradient() -> None:
-    samples, leaves, directions = _composite_inputs(F64)
+    samples, leaves, directions = composite_inputs(F64)
     ours = composite(*leaves, samples, directions, backend="cpu").weights
     twin = composite(*leaves, samples, directions, backend="reference").weights
     assert not ours.requires_grad
@@ -117,25 +106,16 @@ def test_no_samples_give_zero_images_and_gradients() -> None:
     assert [g.shape[0] for g in grads] == [0, 0, 0]
 
 
-def _shade_inputs(dtype: torch.dtype, n: int = 200) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    albedo = rand(n, 3, seed=1).float().to(dtype).requires_grad_()
-    normal = F.normalize(randn(n, 3, seed=2), dim=-1).float().to(dtype).requires_grad_()
-    x = randn(n, 3, seed=3).float().to(dtype)
-    lights = (randn(3, 3, seed=4) * 2).float().to(dtype)
-    views = torch.arange(n) * 3 // n
-    return [albedo, normal], (x, lights, views)
-
-
 @pytest.mark.parametrize("shading", ["albedo", "textureless", "diffuse"])
 def test_shade_gradcheck(shading: str) -> None:
-    leaves, rest = _shade_inputs(F64, 12)
+    leaves, rest = shade_inputs(F64, 12)
     assert torch.autograd.gradcheck(lambda a, n: shade(a, n, *rest, shading, backend="cpu"), leaves)
 
 
 @pytest.mark.parametrize("shading", ["albedo", "textureless", "diffuse"])
 def test_shade_matches_twin_and_precision(shading: str) -> None:
     def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
-        leaves, rest = _shade_inputs(dtype)
+        leaves, rest = shade_inputs(dtype)
         value = shade(*leaves, *rest, shading, backend=backend)
         grads = torch.autograd.grad(value, leaves, cotangents([value]), allow_unused=True)
         return [value] + [
@@ -244,7 +224,7 @@ def test_convexity_shows_nan() -> None:
 
 
 def test_non_contiguous_inputs() -> None:
-    samples, leaves, directions = _composite_inputs(F64)
+    samples, leaves, directions = composite_inputs(F64)
     wide = [torch.stack([t.detach(), t.detach()], dim=-1)[..., 0] for t in leaves]
     assert not any(t.is_contiguous() for t in wide)
     strided = dataclasses.replace(samples, t_ends=torch.stack([samples.t_ends] * 2, dim=-1)[..., 1])

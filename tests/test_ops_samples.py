@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from ops_cases import F64, as_tuple, rand, randn, random_samples
+from ops_cases import F64, as_tuple, rand, randn, random_samples, rays_at
 
 from sdi_fast.ops.adam import adam_step
 from sdi_fast.ops.march import march
 from sdi_fast.ops.occupancy import update_occupancy
 from sdi_fast.ops.prune import prune
 from sdi_fast.types import Samples
-
-
-def _rays(n: int, dtype: torch.dtype, distance: float = 1.7) -> tuple[torch.Tensor, torch.Tensor]:
-    origins = F.normalize(randn(n, 3, seed=1), dim=-1) * distance
-    directions = F.normalize(randn(n, 3, seed=2) * 0.5 - origins, dim=-1)
-    return origins.to(dtype), directions.to(dtype)
 
 
 def _assert_same(ours: Samples, twin: Samples) -> None:
@@ -32,7 +25,7 @@ def _assert_same(ours: Samples, twin: Samples) -> None:
 def test_march_keeps_exactly_the_twins_samples(
     dtype: torch.dtype, distance: float, with_jitter: bool
 ) -> None:
-    origins, directions = _rays(257, dtype, distance)
+    origins, directions = rays_at(257, dtype, distance)
     occupancy = rand(8, 8, 8, seed=3) > 0.5
     jitter = (rand(257, seed=4) * 0.01).to(dtype) if with_jitter else None
     args = (origins, directions, occupancy, 2.0, 0.0137, 0.1, jitter)
@@ -49,7 +42,7 @@ def test_march_along_axes_and_faces() -> None:
 
 
 def test_march_of_nothing() -> None:
-    origins, directions = _rays(5, torch.float32)
+    origins, directions = rays_at(5, torch.float32)
     empty = torch.zeros(4, 4, 4, dtype=torch.bool)
     samples = march(origins, directions, empty, 2.0, 0.1, 0.0, backend="cpu")
     assert samples.n_samples == 0 and samples.packed_info.tolist() == [[0, 0]] * 5
@@ -57,7 +50,7 @@ def test_march_of_nothing() -> None:
     assert none.n_samples == 0 and none.packed_info.shape == (0, 2)
 
 
-def test_march_ignores_broken_rays() -> None:
+def test_march_ignores_brokenrays_at() -> None:
     origins = torch.tensor([[float("nan")] * 3, [0.0, 0.0, 0.0], [float("inf"), 0.0, 0.0]])
     directions = torch.tensor([[1.0, 0.0, 0.0], [float("nan")] * 3, [1.0, 0.0, 0.0]])
     samples = march(

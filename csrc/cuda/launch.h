@@ -28,11 +28,40 @@ bool allow_shared(Kernel* kernel, size_t bytes) {
                               static_cast<int>(bytes)) == cudaSuccess;
 }
 
-// Every launch goes through here; the emulator of the tests has its own version.
+// Dynamic shared memory, as `type name[]`. The emulator (tests/emulator) has its own.
+#ifdef SDI_EMULATE
+#define SDI_DYNAMIC_SHARED(type, name) \
+  type* const name = static_cast<type*>(emulator::dynamic_shared())
+#else
+#define SDI_DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
+#endif
+
+inline int clear(void* memory, size_t bytes, void* stream) {
+  const cudaError_t error =
+      bytes ? cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)) : cudaSuccess;
+  return error == cudaSuccess ? kOk : kCudaError;
+}
+
+// Blocks for a kernel whose blocks fetch their work: as many as run at once, and at most `needed`.
+inline unsigned persistent_blocks(int per_multiprocessor, int64_t needed) {
+  int device = 0, n = 1;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
+  }
+  const int64_t most = static_cast<int64_t>(n) * per_multiprocessor;
+  return static_cast<unsigned>(needed < most ? needed : most);
+}
+
+// Every launch goes through here.
 template <class... Params, class... Args>
 int launch(void (*kernel)(Params...), unsigned blocks, int threads, size_t shared, void* stream,
            Args&&... args) {
-  kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
+  const auto queue = static_cast<cudaStream_t>(stream);
+#ifdef SDI_EMULATE
+  emulator::launch(kernel, blocks, threads, shared, queue, args...);
+#else
+  kernel<<<blocks, threads, shared, queue>>>(args...);
+#endif
   return status_of_last();
 }
 

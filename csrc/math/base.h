@@ -62,6 +62,24 @@ SDI_HD double ceil_of(double x) { return ceil(x); }
 SDI_HD float sqrt_of(float x) { return sqrtf(x); }
 SDI_HD double sqrt_of(double x) { return sqrt(x); }
 
+// a * b and a + b, each rounded by itself: nvcc would fuse them into one operation. For the CPU the
+// build sees to it (CMakeLists.txt, march.cpp and prune.cpp), for packs too.
+#ifdef __CUDA_ARCH__
+SDI_HD float mul_exact(float a, float b) { return __fmul_rn(a, b); }
+SDI_HD double mul_exact(double a, double b) { return __dmul_rn(a, b); }
+SDI_HD float add_exact(float a, float b) { return __fadd_rn(a, b); }
+SDI_HD double add_exact(double a, double b) { return __dadd_rn(a, b); }
+#else
+template <class A, class B>
+SDI_HD auto mul_exact(A a, B b) {
+  return a * b;
+}
+template <class A, class B>
+SDI_HD auto add_exact(A a, B b) {
+  return a + b;
+}
+#endif
+
 template <class R>
 SDI_HD R max_of(R a, R b) {
   return a > b ? a : b;

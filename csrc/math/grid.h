@@ -143,7 +143,8 @@ SDI_HD void encode_level(const Level<T>& level, int n_features, const R u[3], R*
         v[0][k] = gather(level.entries, cell.index[k], n_features, f);
       }
     }
-    for (int g = 0; g < (has_pair ? 2 : 1); ++g) {
+    for (int g = 0; g < 2; ++g) {  // constant bounds, so that v stays in registers
+      if (f + g == n_features) break;
       if (kWithJacobian) {
         R slope[3];
         features[f + g] = interpolate_with_slope(cell, v[g], slope);

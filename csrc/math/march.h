@@ -1,8 +1,8 @@
 // Marching one ray through the occupancy grid (methods.md D, Marching).
 //
 // Sample k is [t0 + k dt, t0 + (k + 1) dt], k >= 0, kept if its midpoint's cell is inside and
-// occupied. The arithmetic is the twin's, operation for operation (no fused multiply-add), so that
-// both keep the same samples. Every step through the box is tested: a whole pack of steps at a time
+// occupied. The arithmetic is the twin's, operation for operation (no fused multiply-add: mul_exact,
+// add_exact), so that both keep the same samples. Every step through the box is tested: a whole pack of steps at a time
 // costs less than finding where the ray leaves each cell.
 #pragma once
 
@@ -31,7 +31,7 @@ SDI_HD RayWalk<T> make_walk(const MarchArgs<T>& a, int64_t ray) {
     walk.direction[c] = a.directions[3 * ray + c];
   }
   walk.start = static_cast<T>(a.near);
-  if (a.jitter) walk.start = walk.start + a.jitter[ray];
+  if (a.jitter) walk.start = add_exact(walk.start, a.jitter[ray]);
   walk.step = static_cast<T>(a.step_size);
   walk.radius = static_cast<T>(a.radius);
   walk.side = static_cast<T>(2.0 * a.radius);
@@ -42,17 +42,17 @@ SDI_HD RayWalk<T> make_walk(const MarchArgs<T>& a, int64_t ray) {
 // Step k begins here and ends where step k + 1 begins.
 template <class R, class T>
 SDI_HD R begin_of(const RayWalk<T>& walk, R k) {
-  return walk.start + k * walk.step;
+  return add_exact(walk.start, mul_exact(k, walk.step));
 }
 
 // Cells [3] of the midpoints of steps k, and whether they are inside the box (else they are 0).
 template <class R, class T>
 SDI_HD auto cells_of(const RayWalk<T>& walk, R k, IndexOf<R> cell[3]) {
-  const R middle = T(0.5) * (begin_of(walk, k) + begin_of(walk, k + T(1)));
+  const R middle = mul_exact(T(0.5), add_exact(begin_of(walk, k), begin_of(walk, k + T(1))));
   R position[3];
   for (int a = 0; a < 3; ++a) {
-    const R point = walk.origin[a] + walk.direction[a] * middle;
-    position[a] = (point + walk.radius) / walk.side * walk.resolution;
+    const R point = add_exact(walk.origin[a], mul_exact(walk.direction[a], middle));
+    position[a] = mul_exact(add_exact(point, walk.radius) / walk.side, walk.resolution);
   }
   const auto inside = (position[0] >= T(0)) & (position[0] < walk.resolution) &
                       (position[1] >= T(0)) & (position[1] < walk.resolution) &

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "base.h"
-#ifndef __CUDACC__
+#if !defined(__CUDACC__) && !defined(SDI_EMULATE)
 #include "../cpu/pack.h"
 #endif
 

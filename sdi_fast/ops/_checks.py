@@ -88,7 +88,9 @@ def check_field(x_world: Any, params: FieldParams, spec: FieldSpec, active_level
 def check_samples(samples: Samples, like: Tensor) -> None:
     """Raise SDIFastError unless the samples' tensors fit each other and `like`'s dtype."""
     n = samples.n_samples
-    check_tensor("samples.ray_indices", samples.ray_indices, (None,), dtype=torch.int64)
+    check_tensor("samples.ray_indices", samples.ray_indices, (None,), dtype=torch.int64, like=like)
     check_tensor("samples.t_starts", samples.t_starts, (n,), like=like)
     check_tensor("samples.t_ends", samples.t_ends, (n,), like=like)
-    check_tensor("samples.packed_info", samples.packed_info, (None, 2), dtype=torch.int64)
+    check_tensor(
+        "samples.packed_info", samples.packed_info, (None, 2), dtype=torch.int64, like=like
+    )

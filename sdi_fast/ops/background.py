@@ -56,7 +56,7 @@ def _backward(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     directions, w1, w2, w3, grad = (t.contiguous() for t in args)
     n_weights, n_rows = extension().BACKGROUND_WEIGHTS, extension().BACKGROUND_MAX_BLOCKS
     flat = directions.new_empty(n_weights)
-    workspace = directions.new_empty(n_rows, n_weights) if directions.is_cuda else 0
+    workspace = directions.new_empty(n_rows, n_weights)  # untouched by the CPU's kernel
     given = (directions.shape[0], directions, w1, w2, w3, grad)
     call("background_bwd", directions, *given, flat, workspace)
     grads = flat.split([w1.numel(), w2.numel(), w3.numel()])

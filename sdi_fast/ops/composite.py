@@ -1,6 +1,7 @@
 """Volume rendering sums along rays (methods.md D, Compositing).
 
-Kernels: csrc/cpu/composite.cpp, sdi_fast/kernels/composite.py (Triton).
+Kernels: csrc/cpu/composite.cpp, csrc/cuda/composite.cu, sdi_fast/kernels/composite.py (Triton). A
+row of packed_info that leaves its array is an error on the CPU; on a GPU it counts as empty.
 """
 
 from __future__ import annotations
@@ -31,11 +32,10 @@ def composite(
     check_tensor("rgb", rgb, (samples.n_samples, 3), like=density)
     check_tensor("normal", normal, (samples.n_samples, 3), like=density)
     check_tensor("directions", directions, (samples.packed_info.shape[0], 3), like=density)
-    chosen = resolve_backend("composite", density, backend, ("cpu", "triton"))
+    chosen = resolve_backend("composite", density, backend, ("cpu", "cuda", "triton"))
     if chosen == "reference":
         return composite_reference(density, rgb, normal, samples, directions)
-    forward = _triton_forward if chosen == "triton" else _forward
-    *sums, weights = forward(
+    *sums, weights = _forward(
         density,
         rgb,
         normal,
@@ -43,6 +43,7 @@ def composite(
         samples.t_ends,
         samples.packed_info,
         directions.detach(),
+        chosen == "triton",
     )
     rgb_sum, opacity, depth, normal_sum, z_variance, orient = sums
     return Composited(rgb_sum, opacity, depth, normal_sum, z_variance, orient, weights.detach())
@@ -50,7 +51,7 @@ def composite(
 
 _INPUTS = (
     "(Tensor density, Tensor rgb, Tensor normal, Tensor t_starts, Tensor t_ends, "
-    "Tensor packed_info, Tensor directions{})"
+    "Tensor packed_info, Tensor directions{}, bool triton)"
 )
 _SAVED = ", Tensor weights, Tensor opacity, Tensor depth, Tensor z_variance"
 _GRADS = (
@@ -59,14 +60,19 @@ _GRADS = (
 )
 
 
-_FORWARD = _INPUTS.format("") + " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-_BACKWARD = _INPUTS.format(_SAVED + _GRADS) + " -> (Tensor, Tensor, Tensor)"
-
-
-@torch.library.custom_op("sdi_fast::composite_fwd", mutates_args=(), schema=_FORWARD)
-def _forward(*args: Tensor) -> tuple[Tensor, ...]:
+@torch.library.custom_op(
+    "sdi_fast::composite_fwd",
+    mutates_args=(),
+    schema=_INPUTS.format("") + " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(*args: Any) -> tuple[Tensor, ...]:
     """rgb, opacity, depth, normal_sum, z_variance, orient, weights, as in Composited."""
-    given = [t.contiguous() for t in args]
+    *tensors, triton = args
+    if triton:
+        from ..kernels.composite import composite_fwd  # here, since Triton is optional
+
+        return composite_fwd(*tensors)
+    given = [t.contiguous() for t in tensors]
     density, n_rays = given[0], given[6].shape[0]
     sums = _empty_sums(density, n_rays)
     weights = torch.zeros_like(density)
@@ -75,28 +81,23 @@ def _forward(*args: Tensor) -> tuple[Tensor, ...]:
     return (*sums, weights)
 
 
-@torch.library.custom_op("sdi_fast::composite_bwd", mutates_args=(), schema=_BACKWARD)
-def _backward(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "sdi_fast::composite_bwd",
+    mutates_args=(),
+    schema=_INPUTS.format(_SAVED + _GRADS) + " -> (Tensor, Tensor, Tensor)",
+)
+def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of density, rgb and normal."""
-    given = [t.contiguous() for t in args]
+    *tensors, triton = args
+    if triton:
+        from ..kernels.composite import composite_bwd
+
+        return composite_bwd(*tensors)
+    given = [t.contiguous() for t in tensors]
     grads = tuple(torch.zeros_like(t) for t in given[:3])
     sizes = (given[0].shape[0], given[6].shape[0])
     call("composite_bwd", given[0], *sizes, *given, *grads, indices="samples.packed_info")
     return grads[0], grads[1], grads[2]
-
-
-@torch.library.custom_op("sdi_fast::composite_triton_fwd", mutates_args=(), schema=_FORWARD)
-def _triton_forward(*args: Tensor) -> tuple[Tensor, ...]:
-    from ..kernels.composite import composite_fwd  # here, since Triton is optional
-
-    return composite_fwd(*args)
-
-
-@torch.library.custom_op("sdi_fast::composite_triton_bwd", mutates_args=(), schema=_BACKWARD)
-def _triton_backward(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    from ..kernels.composite import composite_bwd
-
-    return composite_bwd(*args)
 
 
 def _empty_sums(density: Tensor, n_rays: int) -> tuple[Tensor, ...]:
@@ -105,31 +106,27 @@ def _empty_sums(density: Tensor, n_rays: int) -> tuple[Tensor, ...]:
 
 
 @_forward.register_fake
-@_triton_forward.register_fake
-def _(*args: Tensor) -> tuple[Tensor, ...]:
+def _(*args: Any) -> tuple[Tensor, ...]:
     density, directions = args[0], args[6]
     return (*_empty_sums(density, directions.shape[0]), density.new_empty(density.shape))
 
 
 @_backward.register_fake
-@_triton_backward.register_fake
-def _(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     density, rgb, normal = (t.new_empty(t.shape) for t in args[:3])
     return density, rgb, normal
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.triton = inputs
     _, opacity, depth, _, z_variance, _, weights = output
-    ctx.save_for_backward(*inputs, weights, opacity, depth, z_variance)
+    ctx.save_for_backward(*tensors, weights, opacity, depth, z_variance)
 
 
-def _register_autograd(forward: Any, backward: Any) -> None:
-    def autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # the last cotangent, of weights, is not passed on: they are for inspection
-        return *backward(*ctx.saved_tensors, *grads[:6]), None, None, None, None
-
-    forward.register_autograd(autograd, setup_context=_setup_context)
+def _autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    # the last cotangent, of weights, is not passed on: they are for inspection
+    found = _backward(*ctx.saved_tensors, *grads[:6], ctx.triton)
+    return *found, None, None, None, None, None
 
 
-_register_autograd(_forward, _backward)
-_register_autograd(_triton_forward, _triton_backward)
+_forward.register_autograd(_autograd, setup_context=_setup_context)

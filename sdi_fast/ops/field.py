@@ -1,6 +1,7 @@
 """The radiance field: hash grid, two MLPs, density blob, closed-form normal (methods.md D).
 
-Kernels: csrc/cpu/field_fwd.cpp and field_bwd.cpp; the backward recomputes the forward.
+Kernels: csrc/cpu/field_fwd.cpp and field_bwd.cpp, csrc/cuda/field_fwd.cu and field_bwd.cu; the
+backward recomputes the forward. On a GPU the table's gradient is summed with atomics, in any order.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from ..reference.field import density as density_reference
 from ..reference.field import field as field_reference
 from ..types import FieldParams, FieldSpec
 from ._checks import check_field
-from ._native import call, field_numbers, native_field, resolve_backend
+from ._native import call, extension, field_numbers, native_field, resolve_backend
 
 
 def density(
@@ -27,7 +28,7 @@ def density(
 ) -> Tensor:
     """Density [N] in 1/scene unit, for pruning and occupancy: no gradient."""
     check_field(x_world, params, spec, active_levels)
-    if resolve_backend("density", x_world, backend, ("cpu",)) == "reference":
+    if resolve_backend("density", x_world, backend, ("cpu", "cuda")) == "reference":
         with torch.no_grad():
             return density_reference(x_world, params, spec, active_levels)
     with torch.no_grad():
@@ -47,7 +48,7 @@ def field(
     Gradients go to the five parameters, through the normal too; none to x_world.
     """
     check_field(x_world, params, spec, active_levels)
-    if resolve_backend("field", x_world, backend, ("cpu",)) == "reference":
+    if resolve_backend("field", x_world, backend, ("cpu", "cuda")) == "reference":
         return field_reference(x_world, params, spec, active_levels)
     x_world = x_world.detach()
     return _forward(x_world, *params.tensors(), list(field_numbers(spec)), active_levels)
@@ -99,7 +100,10 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     grad_table = torch.zeros_like(rest[0])
     grad_weights = [torch.empty_like(w) for w in rest[1:5]]
     native = native_field(tuple(spec), active_levels)
-    call("field_bwd", x, native, x.shape[0], x, *rest, grad_table, *grad_weights)
+    hidden, n_in = rest[1].shape
+    # the GPU's sums of blocks; untouched by the CPU's kernel
+    workspace = x.new_empty(extension().FIELD_MAX_BLOCKS, hidden * (2 * n_in + 3))
+    call("field_bwd", x, native, x.shape[0], x, *rest, grad_table, *grad_weights, workspace)
     return (grad_table, *grad_weights)
 
 

@@ -1,4 +1,8 @@
-"""Multiresolution hash encoding (methods.md D, Geometry). Kernel: csrc/cpu/hash_encode.cpp."""
+"""Multiresolution hash encoding (methods.md D, Geometry).
+
+Kernels: csrc/cpu/hash_encode.cpp, csrc/cuda/hash_encode.cu. On a GPU the table's gradient is summed
+with atomics, in any order.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ def hash_encode(
     """Features [N, L * F], zero from level `active_levels` on. Gradients: table, x."""
     check_tensor("x", x, (None, 3))
     check_grid(table, spec, active_levels, x)
-    if resolve_backend("hash_encode", x, backend, ("cpu",)) == "reference":
+    if resolve_backend("hash_encode", x, backend, ("cpu", "cuda")) == "reference":
         return hash_encode_reference(x, table, spec, active_levels)
     return _forward(x, table, list(grid_numbers(spec)), active_levels)
 

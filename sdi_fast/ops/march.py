@@ -1,6 +1,8 @@
-"""Marching through the occupancy grid (methods.md D, Marching). Kernel: csrc/cpu/march.cpp.
+"""Marching through the occupancy grid (methods.md D, Marching).
 
-The number of samples depends on the data, so that the C++ path is a custom op with a dynamic size.
+Kernels: csrc/cpu/march.cpp, csrc/cuda/march.cu. The number of samples depends on the data, so that
+the native path is a custom op with a dynamic size; a GPU is waited for once, to learn the size, and
+no CUDA graph can capture it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ def march(
 ) -> Samples:
     """The intervals of length step_size whose midpoint lies in an occupied cell of the box.
 
-    No gradient.
+    No gradient. One synchronisation with a GPU.
     """
     check_tensor("origins", origins, (None, 3))
     check_tensor("directions", directions, (origins.shape[0], 3), like=origins)
@@ -41,7 +43,7 @@ def march(
     check_positive("near", near, zero_ok=True)
     if jitter is not None:
         check_tensor("jitter", jitter, (origins.shape[0],), like=origins)
-    if resolve_backend("march", origins, backend, ("cpu",)) == "reference":
+    if resolve_backend("march", origins, backend, ("cpu", "cuda")) == "reference":
         return march_reference(origins, directions, occupancy, radius, step_size, near, jitter)
     with torch.no_grad():
         return Samples(
@@ -71,13 +73,13 @@ def _march(
     occupancy = occupancy.contiguous()
     offsets = 0 if jitter is None else jitter.contiguous()
     n_rays = origins.shape[0]
-    counts = torch.empty(n_rays, dtype=torch.int64)
+    counts = origins.new_empty(n_rays, dtype=torch.int64)
     scene = (n_rays, origins, directions, offsets, occupancy, occupancy.shape[0])
     lengths = (radius, step_size, near)
     call("march_count", origins, *scene, *lengths, counts, 0, 0, 0, 0)
     first = counts.cumsum(0) - counts
-    n = int(counts.sum())
-    ray_indices = torch.empty(n, dtype=torch.int64)
+    n = int(counts.sum())  # waits for a GPU
+    ray_indices = origins.new_empty(n, dtype=torch.int64)
     t_starts, t_ends = origins.new_empty(n), origins.new_empty(n)
     call("march_fill", origins, *scene, *lengths, 0, first, ray_indices, t_starts, t_ends)
     return ray_indices, t_starts, t_ends, torch.stack([first, counts], dim=-1)

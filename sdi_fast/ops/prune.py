@@ -1,6 +1,8 @@
-"""Dropping samples that cannot be seen (methods.md D, Marching). Kernel: csrc/cpu/prune.cpp.
+"""Dropping samples that cannot be seen (methods.md D, Marching).
 
-How many stay depends on the data, so that the C++ path is a custom op with a dynamic size.
+Kernels: csrc/cpu/prune.cpp, csrc/cuda/prune.cu. How many stay depends on the data, so that the
+native path is a custom op with a dynamic size; a GPU is waited for once, to learn the size, and no
+CUDA graph can capture it.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ def prune(
 ) -> Samples:
     """The samples with transmittance >= early_stop_eps and alpha >= alpha_threshold.
 
-    No gradient.
+    No gradient. One synchronisation with a GPU.
     """
     check_tensor("density", density, (samples.n_samples,))
     check_samples(samples, density)
     check_positive("early_stop_eps", early_stop_eps, zero_ok=True)
     check_positive("alpha_threshold", alpha_threshold, zero_ok=True)
-    if resolve_backend("prune", density, backend, ("cpu",)) == "reference":
+    if resolve_backend("prune", density, backend, ("cpu", "cuda")) == "reference":
         return prune_reference(samples, density, early_stop_eps, alpha_threshold)
     with torch.no_grad():
         return Samples(
@@ -63,16 +65,16 @@ def _prune(
     density, packed_info = density.contiguous(), packed_info.contiguous()
     t_starts, t_ends = t_starts.contiguous(), t_ends.contiguous()
     n, n_rays = density.shape[0], packed_info.shape[0]
-    counts = torch.empty(n_rays, dtype=torch.int64)
-    keep = torch.empty(n, dtype=torch.uint8)
+    counts = packed_info.new_empty(n_rays)
+    keep = density.new_zeros(n, dtype=torch.uint8)
     given = (n, n_rays, density, t_starts, t_ends, packed_info, keep)
     limits, name = (early_stop_eps, alpha_threshold), "samples.packed_info"
     call("prune_count", density, *given, counts, 0, 0, 0, 0, *limits, indices=name)
     first = counts.cumsum(0) - counts
-    n_kept = int(counts.sum())
-    ray_indices = torch.empty(n_kept, dtype=torch.int64)
+    n_kept = int(counts.sum())  # waits for a GPU
+    ray_indices = packed_info.new_empty(n_kept)
     kept = (ray_indices, density.new_empty(n_kept), density.new_empty(n_kept))
-    call("prune_fill", density, *given, 0, first, *kept, *limits)
+    call("prune_fill", density, *given, counts, first, *kept, *limits)
     return (*kept, torch.stack([first, counts], dim=-1))
 
 

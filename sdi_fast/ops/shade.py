@@ -1,4 +1,8 @@
-"""Shading by one point light a view (methods.md D, Shading). Kernel: csrc/cpu/shade.cpp."""
+"""Shading by one point light a view (methods.md D, Shading).
+
+Kernels: csrc/cpu/shade.cpp, csrc/cuda/shade.cu; the backward recomputes the light. A view index
+outside its array is an error on the CPU; on a GPU it gives the sample a light of NaN.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ def shade(
     check_tensor("view_indices", view_indices, (n,), dtype=torch.int64, like=albedo)
     if shading not in SHADINGS:
         raise SDIFastError(f"shading: expected one of {', '.join(SHADINGS)}, got {shading!r}")
-    if resolve_backend("shade", albedo, backend, ("cpu",)) == "reference":
+    if resolve_backend("shade", albedo, backend, ("cpu", "cuda")) == "reference":
         return shade_reference(albedo, normal, x_world, light_positions, view_indices, shading)
     if shading == "albedo":
         return albedo  # as the twin

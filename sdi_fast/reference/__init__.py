@@ -13,6 +13,7 @@ from .occupancy import update_occupancy
 from .prune import prune
 from .ray_losses import ray_losses
 from .rays import generate_rays
+from .render_views import render_views
 from .shade import shade
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "march",
     "prune",
     "ray_losses",
+    "render_views",
     "shade",
     "update_occupancy",
 ]

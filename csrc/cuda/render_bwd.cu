@@ -1,0 +1,563 @@
+// The fused renderer, backward (methods.md D; design.md, "The normal needs no second derivative").
+// Twin: autograd through sdi_fast/reference/render_views.py.
+//
+// A ray's kept samples are walked front to back once more; everything of them is recomputed. With
+// G_k = d loss / d w_k: d loss / d sigma_k = dt (T_{k+1} G_k - sum_{j>k} w_j G_j), and since G is
+// linear in what the forward summed up, sum_j w_j G_j is known beforehand: <grad, ray sums>. So the
+// sum behind k is that total less what has passed.
+// Of a sample, with gl, ga the cotangents of logit and colour logits, p that of J^T q:
+//   combined = gl e + J p                  W1 += (1[h>0] w2) x combined, w2 += 1[h>0] W1 combined
+//   gate = 1[hc>0] V2^T ga                 V1 += gate x e, V2 += ga x relu(hc)
+//   table entry of corner k += weight_k (gl q + V1^T gate) + (d weight_k . p) q
+//
+// Mapping: as the forward: a warp takes 8 x 4 pixels, one ray a lane, 32 samples at a time. All
+// products of 32 samples run on tensor cores; sums over samples are products too, with A transposed
+// by movmatrix. A warp keeps its sums for W1 in registers, for V1 in shared memory, and adds them to
+// the gradients once, at its end. Table: neighbouring lanes in the same cell are added up first
+// (segmented sums over the warp) where at least kMinShared lanes in all share one; then 8- and
+// 16-byte atomics.
+//
+// Precision: operands of products f16, sums f32. Cotangents are scaled by a power of two a warp and
+// step, so that the largest of the 32 samples fills f16's range; sums are unscaled in f32. The rest
+// f32. Atomics: the order of additions, hence the last bits, differ between runs.
+// Bytes: per kept sample as many gathered as forward, and up to 16 x 8 x 8 added to the gradients;
+// nothing is stored per sample.
+#include <cuda_runtime.h>
+
+#include "launch.h"
+#include "render_common.h"
+
+namespace sdi {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kBlocks = 2;  // a multiprocessor
+constexpr int kGroups = kFusedHidden / 16;
+#ifndef MINS
+#define MINS 8
+#endif
+constexpr int kMinShared = MINS;      // lanes that must share a cell with another for a warp's sums
+constexpr uint32_t kMaxKeyed = 1024;  // resolution up to which a cell's coordinates fit one key
+
+struct alignas(16) WarpMemory {
+  HalfTile features;
+  HalfTile combined;
+  FloatTile slope;
+  union {
+    JacobianTile jacobian;
+    FloatTile color_features;  // V1^T gate, scaled
+  };
+  OutputTile outputs;                    // later the colour logits' cotangents, scaled
+  __half color_logits[kWarp][8];         // these in f16, padded
+  float color_w1[kGroups][4][kWarp][4];  // sums for V1 as C fragments
+};
+
+struct BlockMemory {
+  Weights weights;
+  WarpMemory warps[kWarps];
+};
+
+// ---- per ray -----------------------------------------------------------------------------------
+
+struct RayGrads {
+  float rgb[3], normal[3];
+  float depth, orient;
+  float constant, square, centre;  // opacity and z_variance: constant + square (t - centre)^2
+  float behind;                    // sum of w G over the samples not yet passed
+  float optical;                   // of those passed
+};
+
+__device__ __forceinline__ void load_grads(const RenderViewsArgs& a, const RenderViewsGrads& g,
+                                           int64_t ray, RayGrads& r) {
+  const float opacity = a.opacity[ray];
+  const bool is_thick = opacity > static_cast<float>(kMinOpacity);
+  r.depth = g.grad_depth[ray];
+  r.orient = g.grad_orient[ray];
+  r.square = is_thick ? g.grad_z_variance[ray] / opacity : 0.0f;
+  r.centre = is_thick ? a.depth[ray] / opacity : 0.0f;
+  r.constant = g.grad_opacity[ray] - r.square * a.z_variance[ray];
+  r.behind = r.depth * a.depth[ray] + g.grad_opacity[ray] * opacity;
+  for (int c = 0; c < 3; ++c) {
+    r.rgb[c] = g.grad_rgb_sum[3 * ray + c];
+    r.normal[c] = g.grad_normal_sum[3 * ray + c];
+    r.behind += r.rgb[c] * a.rgb_sum[3 * ray + c] + r.normal[c] * a.normal_sum[3 * ray + c];
+  }
+  r.optical = 0.0f;
+}
+
+// Reads a lane's kept steps in order.
+struct KeptWalker {
+  const uint32_t* words;
+  uint32_t bits;
+  int first, word, n_words;
+
+  __device__ __forceinline__ void begin(const RenderViewsArgs& a, const TileRay& at, int lane) {
+    words = a.kept + static_cast<int64_t>(at.tile) * a.n_words * kWarp + lane;
+    n_words = at.ray < 0 ? 0 : static_cast<int>(a.n_words);
+    first = static_cast<int>(words[0]);
+    word = 0;
+    bits = 0;
+  }
+
+  __device__ __forceinline__ int next() {
+    while (bits == 0) {
+      if (++word >= n_words) return -1;
+      bits = words[static_cast<int64_t>(word) * kWarp];
+    }
+    const int bit = __ffs(static_cast<int>(bits)) - 1;
+    bits &= bits - 1;
+    return first + (word - 1) * 32 + bit;
+  }
+};
+
+// ---- per sample --------------------------------------------------------------------------------
+
+struct Cotangents {
+  float logit;
+  float color_logits[3];
+  float p[3];  // of J^T q
+};
+
+__device__ __forceinline__ void sample_cotangents(const RenderViewsArgs& a, const FusedSpec& spec,
+                                                  const TileRay& at, const RayWalk<float>& ray,
+                                                  const float x[3], int step, const SampleState& s,
+                                                  RayGrads& r, Cotangents& c) {
+  const float begin = begin_of(ray, static_cast<float>(step));
+  const float end = begin_of(ray, static_cast<float>(step) + 1.0f);
+  const float middle = 0.5f * (begin + end), dt = end - begin;
+  const float optical = s.density * dt;
+  const float weight = exp_of(-r.optical) * -expm1_of(-optical);
+  r.optical += optical;
+  float light[3], rgb[3];
+  for (int k = 0; k < 3; ++k) light[k] = a.light_positions[3 * at.view + k];
+  shade_forward(a.shading, s.albedo, s.normal, x, light, rgb);
+  const float off = middle - r.centre;
+  float g = r.constant + r.depth * middle + r.square * off * off;
+  float facing = 0.0f;
+  for (int k = 0; k < 3; ++k) {
+    g += r.rgb[k] * rgb[k] + r.normal[k] * s.normal[k];
+    facing += s.normal[k] * ray.direction[k];
+  }
+  r.behind -= weight * g;
+  const float grad_density = dt * (exp_of(-r.optical) * g - r.behind);
+  c.logit = grad_density * softplus_slope(s.logit);
+
+  float grad_rgb[3], grad_albedo[3], grad_normal[3], grad_gradient[3];
+  for (int k = 0; k < 3; ++k) grad_rgb[k] = weight * r.rgb[k];
+  shade_backward(a.shading, s.albedo, s.normal, x, light, grad_rgb, grad_albedo, grad_normal);
+  const float tilt = facing > 0.0f ? 2.0f * r.orient * weight * facing : 0.0f;
+  for (int k = 0; k < 3; ++k) {
+    grad_normal[k] += weight * r.normal[k] + tilt * ray.direction[k];
+    c.color_logits[k] = grad_albedo[k] * s.albedo[k] * (1.0f - s.albedo[k]);
+  }
+  normal_backward(s.normal, s.length, grad_normal, grad_gradient);
+  for (int k = 0; k < 3; ++k) c.p[k] = grad_gradient[k] * spec.to_unit;
+}
+
+// The power of two that brings the warp's largest magnitude to 2^10, and its inverse.
+struct Scale {
+  float up, down;
+};
+
+__device__ __forceinline__ Scale warp_scale(float magnitude) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    magnitude = fmaxf(magnitude, __shfl_xor_sync(kAllLanes, magnitude, offset));
+  }
+  int exponent = __float_as_int(magnitude) >> 23 & 255;  // NaN is lost here, but not in the values
+  if (exponent == 0 || exponent == 255) exponent = 137;
+  exponent = exponent < 20 ? 20 : exponent;
+  return {__int_as_float((264 - exponent) << 23), __int_as_float((exponent - 10) << 23)};
+}
+
+// gl e + J p of this lane's sample, scaled, into `combined`.
+__device__ __forceinline__ Scale combine(const FusedSpec& spec, const Cotangents& c, int lane,
+                                         const HalfTile& features, const JacobianTile& jacobian,
+                                         HalfTile& combined) {
+  float values[kInputs], largest = 0.0f;
+#pragma unroll
+  for (int l = 0; l < kFusedLevels; ++l) {
+    const float2 e = to_float2(reinterpret_cast<const uint32_t*>(features[lane])[l]);
+    float first = c.logit * e.x, second = c.logit * e.y;
+    for (int a = 0; a < 3; ++a) {
+      const float2 slope = to_float2(jacobian[l][a][lane]);
+      const float p = c.p[a] * spec.levels[l].scale;
+      first += slope.x * p;
+      second += slope.y * p;
+    }
+    values[2 * l] = first;
+    values[2 * l + 1] = second;
+    largest = fmaxf(largest, fmaxf(fabsf(first), fabsf(second)));
+  }
+  const Scale scale = warp_scale(largest);
+#pragma unroll
+  for (int l = 0; l < kFusedLevels; ++l) {
+    reinterpret_cast<uint32_t*>(combined[lane])[l] =
+        to_half2(values[2 * l] * scale.up, values[2 * l + 1] * scale.up);
+  }
+  return scale;
+}
+
+// The colour logits' cotangents of this lane's sample, scaled, in f32 and f16.
+__device__ __forceinline__ Scale store_color_logits(const Cotangents& c, int lane,
+                                                    OutputTile& outputs,
+                                                    __half (&color_logits)[kWarp][8]) {
+  const float* g = c.color_logits;
+  const Scale scale = warp_scale(fmaxf(fabsf(g[0]), fmaxf(fabsf(g[1]), fabsf(g[2]))));
+  const float r = g[0] * scale.up, s = g[1] * scale.up, t = g[2] * scale.up;
+  *reinterpret_cast<float4*>(outputs[lane]) = make_float4(r, s, t, 0.0f);
+  *reinterpret_cast<uint4*>(color_logits[lane]) =
+      make_uint4(to_half2(r, s), to_half2(t, 0.0f), 0, 0);
+  return scale;
+}
+
+// ---- MLPs --------------------------------------------------------------------------------------
+
+struct DensitySums {
+  float w1[kGroups][4][4];  // C fragments of groups of 16 units by tiles of 8 inputs
+  float w2[kGroups][2][2];  // unit 16 j + 8 i + 2 t + e, over this lane's rows
+};
+
+struct ColorSums {
+  float v2[kGroups][4];  // C fragments: 16 units by 8 outputs, of which 3 count
+};
+
+// B fragments of a tile with samples as rows: [m][tile of 8 inputs]
+__device__ __forceinline__ void load_samples_as_rows(const HalfTile& tile, int lane,
+                                                     uint32_t (&b)[2][4][2]) {
+  for (int m = 0; m < 2; ++m) {
+    for (int pair = 0; pair < 2; ++pair) {
+      uint32_t r[4];
+      ldmatrix_x4_trans(r, &tile[16 * m + (lane & 15)][(2 * pair + (lane >> 4)) * 8]);
+      b[m][2 * pair][0] = r[0], b[m][2 * pair][1] = r[1];
+      b[m][2 * pair + 1][0] = r[2], b[m][2 * pair + 1][1] = r[3];
+    }
+  }
+}
+
+// [16 samples, 16 units] as an A fragment, transposed to [16 units, 16 samples]
+__device__ __forceinline__ void transpose(const uint32_t (&a)[4], uint32_t (&out)[4]) {
+  out[0] = movmatrix_trans(a[0]);
+  out[1] = movmatrix_trans(a[2]);
+  out[2] = movmatrix_trans(a[1]);
+  out[3] = movmatrix_trans(a[3]);
+}
+
+__device__ __forceinline__ void density_backward(const Weights& w, int lane,
+                                                 const HalfTile& combined,
+                                                 const uint32_t (&mask)[2], float unscale,
+                                                 DensitySums& sums) {
+  uint32_t samples[2][2][4], rows[2][4][2];
+  load_samples(combined, lane, samples);
+  load_samples_as_rows(combined, lane, rows);
+  const int t = lane & 3;
+#pragma unroll
+  for (int j = 0; j < kGroups; ++j) {
+    uint32_t gated[2][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int unit = 16 * j + 8 * i;
+      uint32_t units[4];
+      load_units(w.density_w1, unit, lane, units);
+      const float2 w2 = pair_at(&w.density_w2[unit + 2 * t]);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        float through[4];
+        hidden_units(samples[m], units, through);
+        bool on[4];
+        for (int e = 0; e < 4; ++e) {
+          on[e] = mask[m] >> mask_bit(j, i, e) & 1;
+          if (on[e]) sums.w2[j][i][e & 1] += through[e] * unscale;
+        }
+        gated[m][2 * i] = to_half2(on[0] ? w2.x : 0.0f, on[1] ? w2.y : 0.0f);
+        gated[m][2 * i + 1] = to_half2(on[2] ? w2.x : 0.0f, on[3] ? w2.y : 0.0f);
+      }
+    }
+    uint32_t turned[2][4];
+    for (int m = 0; m < 2; ++m) transpose(gated[m], turned[m]);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      for (int m = 0; m < 2; ++m) mma_16816(c, turned[m], rows[m][n][0], rows[m][n][1]);
+      for (int e = 0; e < 4; ++e) sums.w1[j][n][e] += c[e] * unscale;
+    }
+  }
+}
+
+// Leaves V1^T gate in `color_features`, scaled as the cotangents in `outputs` are.
+__device__ __forceinline__ void color_backward(const Weights& w, int lane, WarpMemory& memory,
+                                               float unscale, ColorSums& sums) {
+  uint32_t samples[2][2][4], rows[2][4][2], logits[4];
+  load_samples(memory.features, lane, samples);
+  load_samples_as_rows(memory.features, lane, rows);
+  ldmatrix_x4_trans(logits, memory.color_logits[lane]);
+  const int g = lane >> 2, t = lane & 3;
+  float cotangents[2][2][3];  // [m][row g or g + 8]
+  for (int m = 0; m < 2; ++m) {
+    for (int half = 0; half < 2; ++half) {
+      const float* row = memory.outputs[16 * m + 8 * half + g];
+      for (int c = 0; c < 3; ++c) cotangents[m][half][c] = row[c];
+    }
+  }
+  float q[2][4][4] = {};
+#pragma unroll
+  for (int j = 0; j < kGroups; ++j) {
+    uint32_t active[2][4], gated[2][4], back[4][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int unit = 16 * j + 8 * i;
+      uint32_t units[4];
+      load_units(w.color_w1, unit, lane, units);
+      float2 v2[3];
+      for (int c = 0; c < 3; ++c) v2[c] = pair_at(&w.color_w2[c][unit + 2 * t]);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        float h[4], gates[4];
+        hidden_units(samples[m], units, h);
+        for (int e = 0; e < 4; ++e) {
+          float sum = 0.0f;
+          for (int c = 0; c < 3; ++c) {
+            sum += cotangents[m][e >> 1][c] * (e & 1 ? v2[c].y : v2[c].x);
+          }
+          gates[e] = gate(h[e], sum);
+          h[e] = relu(h[e]);
+        }
+        for (int half = 0; half < 2; ++half) {
+          active[m][2 * i + half] = to_half2(h[2 * half], h[2 * half + 1]);
+          gated[m][2 * i + half] = to_half2(gates[2 * half], gates[2 * half + 1]);
+        }
+      }
+    }
+    load_units_back(w.color_w1, 16 * j, lane, back);
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      for (int n = 0; n < 4; ++n) mma_16816(q[m][n], gated[m], back[n][0], back[n][1]);
+    }
+    uint32_t turned[2][4];
+    float v2_sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int m = 0; m < 2; ++m) {
+      transpose(active[m], turned[m]);
+      mma_16816(v2_sum, turned[m], logits[2 * m], logits[2 * m + 1]);
+    }
+    for (int e = 0; e < 4; ++e) sums.v2[j][e] += v2_sum[e] * unscale;
+    for (int m = 0; m < 2; ++m) transpose(gated[m], turned[m]);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      for (int m = 0; m < 2; ++m) mma_16816(c, turned[m], rows[m][n][0], rows[m][n][1]);
+      float4* sum = reinterpret_cast<float4*>(memory.color_w1[j][n][lane]);
+      const float4 old = *sum;
+      *sum = make_float4(old.x + c[0] * unscale, old.y + c[1] * unscale, old.z + c[2] * unscale,
+                         old.w + c[3] * unscale);
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    for (int n = 0; n < 4; ++n) {
+      for (int half = 0; half < 2; ++half) {
+        *reinterpret_cast<float2*>(&memory.color_features[16 * m + 8 * half + g][8 * n + 2 * t]) =
+            make_float2(q[m][n][2 * half], q[m][n][2 * half + 1]);
+      }
+    }
+  }
+}
+
+// ---- table -------------------------------------------------------------------------------------
+
+// Adds this lane's pair of values at each corner to the table's gradient.
+__device__ __forceinline__ void add_corners(float* entries, const uint32_t (&index)[8],
+                                            const float (&v)[16]) {
+#pragma unroll
+  for (int k = 0; k < 8; k += 2) {
+    if (index[k + 1] == index[k] + 1 && (index[k] & 1) == 0) {
+      red_add_v4(entries + 2ll * index[k], v[2 * k], v[2 * k + 1], v[2 * k + 2], v[2 * k + 3]);
+    } else {
+      red_add_v2(entries + 2ll * index[k], v[2 * k], v[2 * k + 1]);
+      red_add_v2(entries + 2ll * index[k + 1], v[2 * k + 2], v[2 * k + 3]);
+    }
+  }
+}
+
+// Sums over runs of lanes with the same key; afterwards the first lane of a run holds its sum.
+__device__ __forceinline__ void add_runs(uint32_t heads, int lane, float (&v)[16]) {
+  const uint32_t behind = lane == kWarp - 1 ? 0u : heads >> (lane + 1);
+  const int end = behind ? lane + __ffs(static_cast<int>(behind)) : kWarp;  // of this lane's run
+  const int longest =
+      static_cast<int>(__reduce_max_sync(kAllLanes, static_cast<unsigned>(end - lane)));
+#pragma unroll 1
+  for (int offset = 1; offset < longest; offset *= 2) {
+    const bool is_same = lane + offset < end;
+#pragma unroll
+    for (int k = 0; k < 16; ++k) {
+      const float other = __shfl_down_sync(kAllLanes, v[k], offset);
+      if (is_same) v[k] += other;
+    }
+  }
+}
+
+__device__ __forceinline__ void scatter(const FusedSpec& spec, bool is_live, const float u[3],
+                                        int lane, const Cotangents& c, const FloatTile& slope,
+                                        const FloatTile& color_features, float unscale,
+                                        float* grad_table) {
+#pragma unroll 1
+  for (int l = 0; l < spec.active_levels; ++l) {
+    const FusedLevel& level = spec.levels[l];
+    float* entries = grad_table + 2ll * level.offset;
+    float v[16] = {};
+    uint32_t index[8] = {}, key = 0xffffffffu;
+    if (is_live) {
+      const Cell<float> cell = locate(as_level(level), u);
+      float p[3], weights[8], slopes[8];
+      for (int a = 0; a < 3; ++a) p[a] = c.p[a] * level.scale;
+      corner_weights(cell, weights);
+      corner_slopes(cell, p, slopes);
+      const float2 q = pair_at(&slope[lane][2 * l]), r = pair_at(&color_features[lane][2 * l]);
+      const float first = c.logit * q.x + r.x * unscale, second = c.logit * q.y + r.y * unscale;
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        index[k] = cell.index[k];
+        v[2 * k] = weights[k] * first + slopes[k] * q.x;
+        v[2 * k + 1] = weights[k] * second + slopes[k] * q.y;
+      }
+      if (level.resolution <= kMaxKeyed) {
+        uint32_t corner[3];
+        float unused;
+        for (int a = 0; a < 3; ++a) split(u[a], level.scale, corner[a], unused);
+        key = corner[0] | corner[1] << 10 | corner[2] << 20;
+      }
+    }
+    bool is_head = is_live;
+    if (level.resolution <= kMaxKeyed) {
+      const uint32_t before = __shfl_up_sync(kAllLanes, key, 1);
+      const uint32_t heads = __ballot_sync(kAllLanes, lane == 0 || before != key);
+      if (__popc(heads) <= kWarp - kMinShared) {
+        add_runs(heads, lane, v);
+        is_head = is_live && (heads >> lane & 1);
+      }
+    }
+    if (is_head) add_corners(entries, index, v);
+  }
+}
+
+// ---- weights -----------------------------------------------------------------------------------
+
+// A C fragment of 16 units by 8 inputs onto W's gradient.
+__device__ __forceinline__ void add_fragment(float* grad, int width, int unit, int input, int lane,
+                                             const float (&c)[4]) {
+  const int row = unit + (lane >> 2), column = input + 2 * (lane & 3);
+  if (column >= width) return;
+  atomicAdd(grad + row * width + column, c[0]);
+  atomicAdd(grad + row * width + column + 1, c[1]);
+  atomicAdd(grad + (row + 8) * width + column, c[2]);
+  atomicAdd(grad + (row + 8) * width + column + 1, c[3]);
+}
+
+__device__ __forceinline__ void add_weights(const RenderViewsGrads& grads, int width, int lane,
+                                            const WarpMemory& memory, const DensitySums& density,
+                                            const ColorSums& color) {
+  const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int j = 0; j < kGroups; ++j) {
+    for (int n = 0; n < 4; ++n) {
+      add_fragment(grads.grad_density_w1, width, 16 * j, 8 * n, lane, density.w1[j][n]);
+      add_fragment(grads.grad_color_w1, width, 16 * j, 8 * n, lane, memory.color_w1[j][n][lane]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      for (int e = 0; e < 2; ++e) {
+        float sum = density.w2[j][i][e];  // over the rows, i.e. lanes of the same t
+        for (int offset = 4; offset < kWarp; offset *= 2) {
+          sum += __shfl_xor_sync(kAllLanes, sum, offset);
+        }
+        if (g == 0) atomicAdd(grads.grad_density_w2 + 16 * j + 8 * i + 2 * t + e, sum);
+      }
+    }
+    for (int e = 0; e < 4; ++e) {
+      const int unit = 16 * j + g + 8 * (e >> 1), output = 2 * t + (e & 1);
+      if (output < 3) atomicAdd(grads.grad_color_w2 + output * kFusedHidden + unit, color.v2[j][e]);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    render_views_bwd_kernel(const RenderViewsArgs a, const RenderViewsGrads grads,
+                            const FusedSpec spec) {
+  SDI_DYNAMIC_SHARED(unsigned char, bytes);
+  BlockMemory& block = *reinterpret_cast<BlockMemory*>(bytes);
+  load_weights(a, spec, block.weights);
+  const Weights& weights = block.weights;
+  const int lane = threadIdx.x % kWarp;
+  WarpMemory& memory = block.warps[threadIdx.x / kWarp];
+  for (int j = 0; j < kGroups; ++j) {
+    for (int n = 0; n < 4; ++n) {
+      for (int e = 0; e < 4; ++e) memory.color_w1[j][n][lane][e] = 0.0f;
+    }
+  }
+  DensitySums density{};
+  ColorSums color{};
+  const int n_tiles = n_tiles_of(a);
+  while (true) {
+    uint32_t tile = 0;
+    if (lane == 0) tile = atomicAdd(a.next_tile, 1u);
+    tile = __shfl_sync(kAllLanes, tile, 0);
+    if (tile >= static_cast<uint32_t>(n_tiles)) break;
+    const TileRay at = ray_of(a, static_cast<int>(tile), lane);
+    KeptWalker walker;
+    walker.begin(a, at, lane);
+    RayWalk<float> ray{};
+    RayGrads r{};
+    if (at.ray >= 0) {
+      ray = make_ray(a, at);
+      load_grads(a, grads, at.ray, r);
+    }
+    while (true) {
+      const int step = walker.next();
+      const bool has = step >= 0;
+      if (!__any_sync(kAllLanes, has)) break;
+      float x[3], u[3];
+      if (has) {
+        const float k = static_cast<float>(step);
+        place_sample(spec, ray, 0.5f * (begin_of(ray, k) + begin_of(ray, k + 1.0f)), x, u);
+      }
+      __syncwarp();  // the last samples' memory is read
+      encode(spec, a.table, has, u, lane, memory.features, memory.jacobian);
+      uint32_t mask[2];
+      evaluate_mlps(weights, lane, memory.features, memory.slope, memory.outputs, mask);
+      Cotangents c{};
+      if (has) {
+        SampleState s;
+        read_sample(spec, x, lane, memory.slope, memory.jacobian, memory.outputs, s);
+        sample_cotangents(a, spec, at, ray, x, step, s, r, c);
+      }
+      const Scale combined_scale =
+          combine(spec, c, lane, memory.features, memory.jacobian, memory.combined);
+      const Scale color_scale = store_color_logits(c, lane, memory.outputs, memory.color_logits);
+      __syncwarp();
+      density_backward(weights, lane, memory.combined, mask, combined_scale.down, density);
+      color_backward(weights, lane, memory, color_scale.down, color);
+      __syncwarp();
+      scatter(spec, has, u, lane, c, memory.slope, memory.color_features, color_scale.down,
+              grads.grad_table);
+    }
+  }
+  __syncwarp();
+  add_weights(grads, spec.width, lane, memory, density, color);
+}
+
+}  // namespace
+
+int launch_render_views_bwd(const RenderViewsArgs& a, const RenderViewsGrads& grads, void* stream) {
+  if (!is_fusable(a)) return kBadArgument;
+  const int64_t n_tiles = a.n_views * ((a.width + kTileWidth - 1) / kTileWidth) *
+                          ((a.height + kTileHeight - 1) / kTileHeight);
+  if (n_tiles == 0) return kOk;
+  const int status = clear(a.next_tile, sizeof(uint32_t), stream);
+  if (status != kOk) return status;
+  if (!allow_shared(render_views_bwd_kernel, sizeof(BlockMemory))) return kCudaError;
+  const unsigned blocks = persistent_blocks(kBlocks, (n_tiles + kWarps - 1) / kWarps);
+  return launch(render_views_bwd_kernel, blocks, kThreads, sizeof(BlockMemory), stream, a, grads,
+                fused_spec(a.spec));
+}
+
+}  // namespace cuda
+}  // namespace sdi
