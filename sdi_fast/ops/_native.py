@@ -67,9 +67,9 @@ def extension() -> Any:
 def resolve_backend(op: str, tensor: Tensor, backend: str, native: tuple[str, ...]) -> str:
     """The backend that runs `op` on `tensor`: "reference", "cpu", "cuda" or "triton".
 
-    `native` lists the backends other than "reference" that the op has code for. "auto" takes the
-    native one of the tensor's device when it is there; a name that cannot be had is an error.
-    "auto" never takes "triton": that has not been measured against the others yet.
+    `native` lists the backends other than "reference" that the op has code for; a name that cannot
+    be had is an error. "auto" takes the native one of the tensor's device when it is there, and on
+    a GPU without compiled CUDA kernels Triton's.
     """
     device = tensor.device.type
     if backend == "reference":
@@ -77,7 +77,9 @@ def resolve_backend(op: str, tensor: Tensor, backend: str, native: tuple[str, ..
     if backend == "auto":
         if device in native and (has_cuda() if device == "cuda" else is_available()):
             return device
-        return "reference"
+        return (
+            "triton" if device == "cuda" and "triton" in native and _has_triton() else "reference"
+        )
     if backend not in ("cpu", "cuda", "triton"):
         raise SDIFastError(
             f'backend: expected "auto", "reference", "cpu", "cuda" or "triton", got {backend!r}'
@@ -100,9 +102,13 @@ def resolve_backend(op: str, tensor: Tensor, backend: str, native: tuple[str, ..
     return backend
 
 
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _check_triton(device: str) -> None:
     """Raise SDIFastError unless Triton is there and runs on such tensors."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         raise SDIFastError('backend: "triton" needs Triton; run `pip install triton`')
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise SDIFastError(

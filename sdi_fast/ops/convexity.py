@@ -42,15 +42,11 @@ def convexity_loss(
     if opacity is not None:
         check_tensor("opacity", opacity, (*normals.shape[:3], 1), like=normals)
         check_tensor("c2w", c2w, (normals.shape[0], 3, 4), like=normals)
-    chosen = resolve_backend("convexity_loss", normals, backend, ("cpu", "cuda", "triton"))
+    native = ("cpu", "cuda", "triton") if opacity is None else ("cpu", "cuda")
+    chosen = resolve_backend("convexity_loss", normals, backend, native)
     if chosen == "reference":
         return convexity_loss_reference(normals, opacity, c2w)
     if chosen == "triton":
-        if opacity is not None:
-            raise SDIFastError(
-                'backend: convexity_loss has no "triton" kernel for opacity and c2w; '
-                'use "auto" or "reference"'
-            )
         return _triton_forward(normals)
     return _forward(normals, opacity, None if c2w is None else c2w.detach())
 
