@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -58,7 +59,7 @@ def conditions() -> dict[str, Any]:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "native": native,
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get("SDI_FAST_COMMIT", ""),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
@@ -73,7 +74,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def _git(*args: str) -> str:  # "": an installed copy without its repository
+def _git(*args: str) -> str:  # "" for a copy without its repository
     return _output("git", *args)
 
 
@@ -117,14 +118,14 @@ def compare(
     """Times the candidates in turn, `rounds` times, after `warmup` calls each.
 
     A candidate that takes more than `slow_ms` is timed in every SLOW_EVERY-th round alone; its
-    Timing says how many those were. The first candidate is timed in all.
+    Timing says how many those were. Ratios come from rounds with both times.
     """
     slow = [False for _ in candidates]
     for _ in range(warmup):
         for i, (_, function) in enumerate(candidates):
-            slow[i] = i > 0 and _time_ms(function) > slow_ms
+            slow[i] = _time_ms(function) > slow_ms
     flush = _flusher() if cold_l2 else None
-    rows: list[list[tuple[float, float]]] = [[] for _ in candidates]  # (base's time, own)
+    rows: list[list[tuple[float, float]]] = [[] for _ in candidates]  # (base's time or 0, own)
     for k in range(rounds):
         base = 0.0
         for i, (_, function) in enumerate(candidates):
@@ -192,7 +193,7 @@ def kernel_table(function: Callable[[], Any], calls: int = 5) -> list[dict[str, 
 
 
 def _summary(name: str, row: list[tuple[float, float]]) -> Timing:
-    ratios = [base / own for base, own in row]
+    ratios = [base / own for base, own in row if base > 0.0]
     times = [own for _, own in row]
     return Timing(
         name,

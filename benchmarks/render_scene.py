@@ -28,9 +28,9 @@ STEP = 10_000  # all levels are active
 FOVY_DEG = 55.0  # the middle of the training cameras' range
 COUNT_TOLERANCE = 0.03  # of the samples asked for
 # What an f16 renderer may err: a multiple of what rounding the parameters alone to f16 does to the
-# twin. The kernels round four times: parameters, features, slopes and cotangents. The floor is two
+# twin. The kernels round four times: parameters, features, slopes and cotangents. The floor is four
 # of f16's roundings, 2^-11 each, where the parameters' happen to cancel.
-ERROR_FACTOR, ERROR_FLOOR = 4.0, 1e-3
+ERROR_FACTOR, ERROR_FLOOR = 4.0, 2e-3
 KEPT_TOLERANCE = 1e-3  # of the samples: those at the alpha threshold fall on either side
 
 
@@ -148,11 +148,11 @@ class Truth:
     counts: tuple[int, int]  # samples kept, tried
 
     @staticmethod
-    def of(scene: Scene, twin: Render, shading: str) -> Truth:
+    def of(scene: Scene, twin: Render, shading: str, factor: float = ERROR_FACTOR) -> Truth:
         tensors, counts = _named(*scene.gradients(twin, shading))
         rounded, _ = _named(*scene.gradients(twin, shading, rounded_to_half(scene.field.params())))
         allowed = {
-            name: ERROR_FACTOR * relative_error(rounded[name], value) + ERROR_FLOOR
+            name: factor * relative_error(rounded[name], value) + ERROR_FLOOR
             for name, value in tensors.items()
         }
         return Truth(tensors, allowed, counts)
