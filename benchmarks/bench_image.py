@@ -2,7 +2,8 @@
 
 CUDA against Triton against the PyTorch twin, forward + backward, outputs and gradients checked
 against the f64 twin first. Times are those of a CUDA graph's replay (what an engine pays) with the
-L2 cache flushed by a write between two replays; the graph's outputs are checked too.
+L2 cache flushed by a write between two replays; the graph's outputs are checked too. The twin runs
+eagerly.
 
     python benchmarks/bench_image.py [--size 512] [--samples 30] [--out DIR]
 """
@@ -113,18 +114,37 @@ def graph_of(
     return graph, results, cotangents
 
 
-def timed(graph: torch.cuda.CUDAGraph, flush: Tensor, rounds: int) -> float:
-    """Median microseconds of a replay."""
+def timed(function: Callable[[], Any], flush: Tensor, rounds: int) -> float:
+    """Median microseconds of a call."""
     times = []
     for _ in range(rounds):
         flush.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        graph.replay()
+        function()
         end.record()
         end.synchronize()
         times.append(1e3 * begin.elapsed_time(end))
     return sorted(times)[len(times) // 2]
+
+
+def timed_graph(
+    run: Callable[..., Sequence[Tensor]],
+    backend: str,
+    leaves: Sequence[Tensor],
+    flush: Tensor,
+    rounds: int,
+) -> float:
+    """The same of a graph's replay, after its results were compared with eager ones."""
+    graph, results, cotangents = graph_of(run, backend, leaves)
+    for r in results:
+        r.fill_(float("nan"))
+    graph.replay()
+    outputs = run(backend, *leaves)
+    eager = [*outputs, *torch.autograd.grad(list(outputs), list(leaves), cotangents)]
+    for i, (a, b) in enumerate(zip(results, eager, strict=True)):
+        harness.check_close(f"{backend} replay {i}", a, b, 1e-6)
+    return timed(graph.replay, flush, rounds)
 
 
 def measure(op: str, size: int, most: int, rounds: int) -> list[dict[str, Any]]:
@@ -141,15 +161,10 @@ def measure(op: str, size: int, most: int, rounds: int) -> list[dict[str, Any]]:
             harness.check_close(f"{op} {backend} {i}", a, e, TOLERANCE)
             for i, (a, e) in enumerate(zip(ours, exact, strict=True))
         )
-        graph, results, cotangents = graph_of(run, backend, leaves)
-        for r in results:
-            r.fill_(float("nan"))
-        graph.replay()
-        outputs = run(backend, *leaves)
-        eager = [*outputs, *torch.autograd.grad(list(outputs), leaves, cotangents)]
-        for i, (a, b) in enumerate(zip(results, eager, strict=True)):
-            harness.check_close(f"{op} {backend} replay {i}", a, b, 1e-6)
-        us = timed(graph, flush, rounds)
+        if backend == "reference":
+            us = timed(lambda: step_of(run, "reference", leaves), flush, rounds)
+        else:
+            us = timed_graph(run, backend, leaves, flush, rounds)
         rows.append({"op": op, "backend": backend, "us": us, "error": error})
         print(f"{op:20} {backend:10} {us:9.1f} us   error {error:.1e}", flush=True)
     return rows
