@@ -89,7 +89,8 @@ def step_of(
     cotangents = [
         torch.randn(o.shape, generator=draws, device=o.device).to(o.dtype) for o in outputs
     ]
-    return [*outputs, *torch.autograd.grad(list(outputs), list(leaves), cotangents)]
+    grads = torch.autograd.grad(list(outputs), list(leaves), cotangents)
+    return [*(o.detach() for o in outputs), *grads]  # nothing that keeps this stream's nodes
 
 
 def graph_of(
@@ -99,8 +100,10 @@ def graph_of(
     cotangents = [torch.randn_like(o) for o in run(backend, *leaves)]
 
     def step() -> list[Tensor]:
-        outputs = run(backend, *leaves)
-        return [*outputs, *torch.autograd.grad(list(outputs), list(leaves), cotangents)]
+        here = [x.detach().requires_grad_() for x in leaves]  # of the stream in use
+        outputs = run(backend, *here)
+        grads = torch.autograd.grad(list(outputs), here, cotangents)
+        return [*(o.detach() for o in outputs), *grads]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
