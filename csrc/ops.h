@@ -6,6 +6,7 @@
 #include "composite.h"
 #include "convexity.h"
 #include "field.h"
+#include "guided_step.h"
 #include "hash_encode.h"
 #include "march.h"
 #include "occupancy.h"
@@ -32,4 +33,5 @@
   X(convexity_fwd, ConvexityArgs)       \
   X(convexity_bwd, ConvexityArgs)       \
   X(occupancy_update, OccupancyArgs)    \
-  X(adam_step, AdamArgs)
+  X(adam_step, AdamArgs)                \
+  X(guided_step, GuidedStepArgs)

@@ -120,6 +120,11 @@ class DDIMSchedule:
         """a(t) of t = 0 .. T - 1, [T] f32."""
         return self._levels[1:]
 
+    @property
+    def levels(self) -> Tensor:
+        """[T + 1] f32: entry t + 1 is a(t), entry 0 that of the clean end, t < 0."""
+        return self._levels
+
     # ---- levels and predictions -------------------------------------------------------------
 
     def alpha(
