@@ -37,7 +37,7 @@ def power_of_two_scale(
     largest = grad.detach().abs().amax().float()
     usable = torch.isfinite(largest) & (largest > 0)
     factor = torch.exp2(-torch.log2(largest.clamp(min=1e-30)).round())
-    return torch.where(usable, factor, 1.0)
+    return factor.masked_fill(~usable, 1.0)
 
 
 class FastEncoder:

@@ -134,7 +134,10 @@ class InversionGraphs:
         self._rng = torch.tensor([seed, 0], device=device)
         self._out = latents.new_zeros(4, *latents.shape)
         self._graphs: OrderedDict[tuple[int, bool], torch.cuda.CUDAGraph] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle() if self.capture else None
+        self._pool: Any = None
+        if self.capture:
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(device)  # of warm-up and captures alike
         self._is_warm = False
         self._last = (1, False)
 
@@ -278,13 +281,12 @@ class InversionGraphs:
 
     def _captured(self, key: tuple[int, bool]) -> torch.cuda.CUDAGraph:
         with torch.cuda.device(self._z.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
                 self._warm_up()
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 self._compute(*key)
         return graph
 
