@@ -197,8 +197,8 @@ def test_every_backend_draws_the_twins_noise(backend, seed, offset, draw, shape)
     noise = drawn(backend, seed, offset, draw, shape)
     n = noise[0].numel()
     twin = philox_normal(torch.tensor([seed, offset]), draw, BATCH, n).view(noise.shape)
-    # log, sqrt, cos and V in f32: some ulp
-    torch.testing.assert_close(noise, twin.double(), rtol=2e-6, atol=2e-6)
+    # log, sqrt, cos and V in f32: some ulp each, more on a GPU
+    torch.testing.assert_close(noise, twin.double(), rtol=4e-6, atol=4e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
