@@ -302,6 +302,29 @@ void bind_losses(py::module_& m) {
         });
 }
 
+void bind_guided_step(py::module_& m) {
+  m.attr("CHANNELS_LAST") = static_cast<int>(kChannelsLast);
+  m.attr("PAPER_CONVENTION") = static_cast<int>(kPaperConvention);
+  m.attr("V_PREDICTION") = static_cast<int>(kVPrediction);
+  m.attr("HALF_OUTPUTS") = static_cast<int>(kHalfOutputs);
+  m.attr("BF16_OUTPUTS") = static_cast<int>(kBf16Outputs);
+#ifdef SDI_EMULATE
+  m.attr("CPU_TAKES_HALVES") = true;
+#else
+  m.attr("CPU_TAKES_HALVES") = false;
+#endif
+  m.def("guided_step",
+        [](int mode, int n_conditions, int64_t batch, int64_t channels, int64_t pixels,
+           int64_t n_levels, Address outputs, Address x, Address levels, Address t, Address t_next,
+           Address neg_weights, Address lengths, Address noise, Address rng, Address result,
+           Address eps, int64_t step, int64_t draw, double scale, double eta, int flags,
+           Address queue) {
+          return SDI_RUN(guided_step, GuidedStepArgs, outputs, x, levels, t, t_next, neg_weights,
+                         lengths, noise, rng, result, eps, batch, channels, pixels, n_levels, step,
+                         draw, scale, eta, n_conditions, flags);
+        });
+}
+
 #ifdef SDI_FAST_WITH_CUDA
 // Lists, since a call with 30 addresses cannot be read: their order is that of the members.
 RenderViewsArgs make_render_views(const FieldSpec& spec, const std::vector<int64_t>& sizes,
@@ -386,6 +409,7 @@ PYBIND11_MODULE(_C, m) {
   bind_samples(m);
   bind_image(m);
   bind_losses(m);
+  bind_guided_step(m);
 #ifdef SDI_FAST_WITH_CUDA
   bind_render(m);
 #endif

@@ -6,6 +6,7 @@
 #include "composite.h"
 #include "convexity.h"
 #include "field.h"
+#include "guided_step.h"
 #include "hash_encode.h"
 #include "march.h"
 #include "occupancy.h"
@@ -35,4 +36,5 @@
   X(ray_losses_fwd, RayLossesArgs)      \
   X(ray_losses_bwd, RayLossesArgs)      \
   X(occupancy_update, OccupancyArgs)    \
-  X(adam_step, AdamArgs)
+  X(adam_step, AdamArgs)                \
+  X(guided_step, GuidedStepArgs)

@@ -191,3 +191,13 @@ class FieldParams:
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.table, self.density_w1, self.density_w2, self.color_w1, self.color_w2)
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """How a UNet's raw outputs move a latent (methods.md A, B3, C3, C6)."""
+
+    scale: float  # of the guidance
+    paper_convention: bool = True  # methods.md B3; without Perp-Neg only
+    v_prediction: bool = False  # what the UNet predicts: v, or the noise
+    eta: float = 0.0  # of the entropy noise

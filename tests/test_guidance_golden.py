@@ -77,6 +77,7 @@ def run(
     data: dict[str, Tensor],
     all_cases: list[dict[str, Any]],
     indices: tuple[int, ...],
+    static: bool = False,
 ) -> GuidanceOutput:
     """The target of several cases in one batch, with the recorded noise."""
     cases = [all_cases[i] for i in indices]
@@ -89,7 +90,7 @@ def run(
     uniform = torch.tensor([case["delta_uniform"] for case in cases], dtype=torch.float64)
     config = GuidanceConfig(perp_neg=cases[0]["perp_neg"])
     model.denoiser.seen.clear()
-    return SDI(model, config).target(
+    return SDI(model, config, static=static).target(
         torch.cat([data[f"case{i}.latents"] for i in indices]),
         condition_of(prompts, cases),
         torch.tensor([case["t"] for case in cases]),
@@ -99,9 +100,10 @@ def run(
     )
 
 
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("i", CASES)
 def test_a_single_sample_agrees_with_the_official_code(
-    model, prompts, golden_guidance, golden_guidance_cases, i
+    model, prompts, golden_guidance, golden_guidance_cases, i, static
 ):
     case = golden_guidance_cases[i]
     settings = GuidanceConfig()
@@ -112,7 +114,7 @@ def test_a_single_sample_agrees_with_the_official_code(
         "inversion_n_steps",
     ):
         assert getattr(settings, name) == case[name], "the golden cases use our defaults"
-    output = run(model, prompts, golden_guidance, golden_guidance_cases, (i,))
+    output = run(model, prompts, golden_guidance, golden_guidance_cases, (i,), static)
     errors = {
         name: relative_error(getattr(output, name), golden_guidance[f"case{i}.{name}"])
         for name in CHECKED
@@ -145,6 +147,7 @@ def test_perp_neg_embeddings_and_weights_agree(prompts, golden_guidance, golden_
     torch.testing.assert_close(condition.neg_weights, weights, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize(
     "indices",
     [
@@ -154,9 +157,9 @@ def test_perp_neg_embeddings_and_weights_agree(prompts, golden_guidance, golden_
     ],
 )
 def test_a_batch_agrees_with_the_official_code_one_by_one(
-    model, prompts, golden_guidance, golden_guidance_cases, indices
+    model, prompts, golden_guidance, golden_guidance_cases, indices, static
 ):
-    batch = run(model, prompts, golden_guidance, golden_guidance_cases, indices)
+    batch = run(model, prompts, golden_guidance, golden_guidance_cases, indices, static)
     for row, i in enumerate(indices):
         for name in CHECKED:
             actual = getattr(batch, name)[row : row + 1]

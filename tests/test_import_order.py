@@ -38,7 +38,9 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
 # Folders whose files may import each other; () where only what the tuple lists, lowest first.
 WITHIN: dict[str, tuple[str, ...]] = {
     "diffusion": (
-        "source", "schedule", "prompt", "denoiser", "encoder", "guide", "invert", "pipeline",
+        "source", "schedule", "prompt", "denoiser", "vae_pack", "fast_encoder", "encoder_graph",
+        "encoder", "guide", "invert",
+        "invert_graph", "pipeline",
     ),
     "guidance": (),
     "ops": (),

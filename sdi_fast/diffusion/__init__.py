@@ -1,5 +1,5 @@
 """The frozen diffusion model: schedule, prompts, networks, guidance and DDIM inversion.
 
-Modules import each other downward only: schedule <- prompt <- denoiser, encoder <- guide <-
-invert <- pipeline.
+Modules import each other downward only: schedule <- prompt <- denoiser, vae_pack <-
+fast_encoder <- encoder_graph <- encoder <- guide <- invert <- invert_graph <- pipeline.
 """

@@ -12,7 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import SDIFastError
+from .encoder_graph import EncoderGraphs
+from .fast_encoder import FastEncoder, power_of_two_scale
 from .schedule import draw_normal
+from .vae_pack import pack_encoder
+
+KINDS = ("diffusers", "fast", "auto")
 
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers clamps the posterior's log variance so
 
@@ -20,9 +25,6 @@ LOGVAR_RANGE = (-30.0, 20.0)  # diffusers clamps the posterior's log variance so
 class _ScaleGradient(torch.autograd.Function):
     """Identity whose backward multiplies the gradient by a power of two that brings its largest
     entry near 1, and leaves that factor in `scale` for _UnscaleGradient.
-
-    The loss is a mean over 16384 latents, so that gradients of about 6e-5 would underflow on
-    their way through an f16 VAE (methods.md G11). A power of two changes no mantissa.
     """
 
     @staticmethod
@@ -32,10 +34,7 @@ class _ScaleGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        largest = grad.detach().abs().amax().float()
-        usable = torch.isfinite(largest) & (largest > 0)
-        factor = torch.exp2(-torch.log2(largest.clamp(min=1e-30)).round())
-        ctx.scale.copy_(torch.where(usable, factor, 1.0))
+        ctx.scale.copy_(power_of_two_scale(grad))
         return grad * ctx.scale, None
 
 
@@ -58,10 +57,16 @@ class LatentEncoder:
     Args:
         vae: the diffusers model, already on its device and in its dtype.
         image_size: side of the images that it is given, pixels.
+        kind: who encodes: "diffusers"; "fast", the model on packed weights, on a GPU in graphs;
+            "auto", that on a GPU where it supports the model, otherwise diffusers.
+
+    Raises:
+        SDIFastError: where `kind` is "fast" and the model has a feature that it lacks.
     """
 
-    def __init__(self, vae: Any, image_size: int) -> None:
+    def __init__(self, vae: Any, image_size: int, kind: str = "diffusers") -> None:
         self.vae = vae.eval().requires_grad_(False)
+        self.fast = _make_fast(self.vae, image_size, kind)
         self.image_size = image_size
         self.scaling_factor = float(vae.config.scaling_factor)
         self.shift_factor = float(getattr(vae.config, "shift_factor", None) or 0.0)
@@ -102,6 +107,12 @@ class LatentEncoder:
         x: Tensor,  # [B, 3, S, S] f32, in [-1, 1]
     ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, [B, C, h, w] in x's dtype, not scaled."""
+        parameters = self._parameters(x) if self.fast is None else self.fast(x)
+        mean, logvar = parameters.chunk(2, dim=1)
+        return mean, torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE))
+
+    def _parameters(self, x: Tensor) -> Tensor:
+        """What diffusers' encoder gives for x, [B, 2 C, h, w] in x's dtype."""
         scale = torch.ones((), device=x.device, dtype=torch.float32)
         guarded = self.dtype == torch.float16
         if guarded:
@@ -109,8 +120,7 @@ class LatentEncoder:
         parameters = self.vae.encode(x.to(self.dtype)).latent_dist.parameters.to(x.dtype)
         if guarded:
             parameters = _ScaleGradient.apply(parameters, scale)
-        mean, logvar = parameters.chunk(2, dim=1)
-        return mean, torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE))
+        return parameters
 
     @torch.no_grad()
     def decode(
@@ -121,3 +131,22 @@ class LatentEncoder:
         z = latents / self.scaling_factor + self.shift_factor
         images = self.vae.decode(z.to(self.dtype)).sample.float()
         return (images * 0.5 + 0.5).clamp(0.0, 1.0)
+
+
+def _make_fast(vae: Any, image_size: int, kind: str) -> EncoderGraphs | None:
+    if kind not in KINDS:
+        raise SDIFastError(f"kind: expected {', '.join(KINDS)}, got {kind!r}")
+    on_gpu = next(vae.parameters()).is_cuda
+    if kind == "diffusers" or (kind == "auto" and not on_gpu):
+        return None
+    try:
+        packed = pack_encoder(vae)
+        if image_size % 2**packed.n_halvings:
+            raise SDIFastError(
+                f"vae: expected a side divisible by {2**packed.n_halvings}, got {image_size}"
+            )
+    except SDIFastError:
+        if kind == "fast":
+            raise
+        return None
+    return EncoderGraphs(FastEncoder(packed), capture=on_gpu)

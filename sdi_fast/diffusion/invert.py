@@ -70,6 +70,18 @@ def plan_inversion(
     Raises:
         SDIFastError: for a t that cannot be inverted to (methods.md G9).
     """
+    padded, lengths = inversion_paths(schedule, t, delta, config)
+    nodes = torch.tensor(padded).T.contiguous().to(schedule.device, non_blocking=True)
+    return InversionPlan(nodes, lengths)
+
+
+def inversion_paths(
+    schedule: DDIMSchedule,
+    t: Sequence[int],
+    delta: Sequence[int],
+    config: GuidanceConfig,
+) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+    """The time steps of each of B inversions, repeating the last to equal lengths; their steps."""
     if not t or len(t) != len(delta):
         raise SDIFastError(f"t, delta: expected one of each a sample, got {len(t)}, {len(delta)}")
     paths = [
@@ -78,8 +90,7 @@ def plan_inversion(
     ]
     longest = max(len(path) for path in paths)
     padded = [path + path[-1:] * (longest - len(path)) for path in paths]
-    nodes = torch.tensor(padded).T.contiguous().to(schedule.device, non_blocking=True)
-    return InversionPlan(nodes, tuple(len(path) - 1 for path in paths))
+    return padded, tuple(len(path) - 1 for path in paths)
 
 
 @torch.no_grad()

@@ -120,6 +120,11 @@ class DDIMSchedule:
         """a(t) of t = 0 .. T - 1, [T] f32."""
         return self._levels[1:]
 
+    @property
+    def levels(self) -> Tensor:
+        """[T + 1] f32: entry t + 1 is a(t), entry 0 that of the clean end, t < 0."""
+        return self._levels
+
     # ---- levels and predictions -------------------------------------------------------------
 
     def alpha(
@@ -179,9 +184,12 @@ class DDIMSchedule:
         return self.add_noise(x0, eps, t_next)
 
     def step_variance(self, t: Tensor, t_next: Tensor) -> Tensor:
-        """V of methods.md C6 for a step from the cleaner t up to t_next, in t's shape, f32."""
+        """V of methods.md C6 for a step from the cleaner t up to t_next, in t's shape, f32.
+
+        1 - a_next / a is taken as (a - a_next) / a, whose difference is exact for near levels.
+        """
         a, a_next = self.alpha(t), self.alpha(t_next)
-        return (1.0 - a) / (1.0 - a_next) * (1.0 - a_next / a)
+        return (1.0 - a) * (a - a_next) / ((1.0 - a_next) * a)
 
     # ---- grids and paths (plain integers, nothing touches the device) -----------------------
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..config import GuidanceConfig
 from ..diffusion.guide import cfg_convention, guided_output
 from ..diffusion.invert import DiffusionModel, ddim_invert, plan_inversion
+from ..diffusion.invert_graph import InversionGraphs
 from ..diffusion.prompt import Condition
 from ..diffusion.schedule import draw_delta
 from ..types import SDIFastError
@@ -27,12 +28,19 @@ class SDI:
         model: a schedule and a denoiser.
         config: `variant` decides the level mismatch, the entropy noise, tau and the number of
             inversion steps together (methods.md G1 to G3, G5).
+        static: compute from fixed buffers, on a GPU as captured graphs. The noise then comes from
+            a stream of its own, seeded anew by `generator` at every target, so that the generator
+            remains all of the state that a run has to keep.
     """
 
-    def __init__(self, model: DiffusionModel, config: GuidanceConfig) -> None:
+    def __init__(
+        self, model: DiffusionModel, config: GuidanceConfig, *, static: bool = False
+    ) -> None:
         check_config(config)
         self.model = model
         self.config = config
+        self.static = static
+        self._graphs: InversionGraphs | None = None  # of the shapes seen last
 
     @torch.no_grad()
     def target(
@@ -59,6 +67,8 @@ class SDI:
         if delta is None:
             delta = draw_delta(len(t), _needed(generator), config, schedule.n_train_steps)
         z = latents.detach()
+        if self.static:
+            return self._static_target(z, condition, t, delta, generator, eta_noise)
         plan = plan_inversion(schedule, t.tolist(), delta.tolist(), config)
         inversion = ddim_invert(
             self.model, z, condition, plan, config, eta_noise=eta_noise, generator=generator
@@ -86,6 +96,31 @@ class SDI:
             n_unet_calls=inversion.n_unet_calls + 1,
         )
 
+    def _static_target(
+        self,
+        z: Tensor,
+        condition: Condition,
+        t: Tensor,
+        delta: Tensor,
+        generator: torch.Generator | None,
+        eta_noise: Tensor | None,
+    ) -> GuidanceOutput:
+        graphs = self._graphs
+        if graphs is None or not graphs.fits(z, condition):
+            graphs = self._graphs = InversionGraphs(self.model, self.config, z, condition)
+        if eta_noise is None and self.config.inversion_eta != 0.0:
+            graphs.reseed(_needed(generator, "the inversion's noise"))
+        out = graphs.target(z, condition, t.tolist(), delta.tolist(), eta_noise=eta_noise)
+        return GuidanceOutput(
+            target=out.target,
+            kappa=out.kappa,
+            latents_inverted=out.latents_inverted,
+            noise_pred=out.noise_pred,
+            t=t,
+            delta=delta,
+            n_unet_calls=out.n_unet_calls,
+        )
+
     def loss(
         self,
         latents: Tensor,  # [B, C, h, w] f32, with a gradient
@@ -95,7 +130,7 @@ class SDI:
         return x0_loss(latents, output.target)
 
 
-def _needed(generator: torch.Generator | None) -> torch.Generator:
+def _needed(generator: torch.Generator | None, what: str = "delta") -> torch.Generator:
     if generator is None:
-        raise SDIFastError("generator: expected a torch.Generator to draw delta, got None")
+        raise SDIFastError(f"generator: expected a torch.Generator to draw {what}, got None")
     return generator
