@@ -2,7 +2,8 @@
 
     compute-sanitizer --tool memcheck python tests/sanitized_ops.py
     compute-sanitizer --tool racecheck python tests/sanitized_ops.py
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool initcheck python tests/sanitized_ops.py
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # lest initcheck takes old contents for written ones
+    compute-sanitizer --tool initcheck python tests/sanitized_ops.py
 
 Inputs are made on the CPU and nothing is compared: the tests do that, and under a sanitizer the
 twins would take hours. tests/test_sanitized_ops.py checks that no op is missing.
@@ -18,6 +19,7 @@ from unittest import mock
 import torch
 from fused_cases import fused
 from ops_cases import rand, random_samples, rays_at
+from test_guided_step import SHAPES, SPEC, T_NEXT, case, ours
 from test_ops_cuda import CASES
 from test_ops_cuda_training import (
     adam_state,
@@ -79,6 +81,15 @@ def run_training(dtype: torch.dtype) -> None:
         background(directions.cuda(), *weights, backend="cuda").sum().backward()
 
 
+def run_guided(dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        for k in (2, 4):
+            c = case(shape, k, dtype)
+            ours(c, SPEC, T_NEXT, "cuda", noise=c["noise"])
+            ours(c, SPEC, None, "cuda")
+            ours(c, SPEC, T_NEXT, "cuda", rng=torch.tensor([5, 7]))
+
+
 def run_fused() -> None:
     for kind in ("blob", "shell", "random"):
         scene = make_scene(kind)
@@ -106,6 +117,7 @@ def main() -> set[str]:
         for dtype in DTYPES:
             run_samples(dtype)
             run_training(dtype)
+            run_guided(dtype)
             for frame in ("world", "camera"):
                 run_convexity((2, 9, 11), frame, dtype, "cuda")
         run_fused()
