@@ -38,7 +38,10 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
 # Folders whose files may import each other; () where only what the tuple lists, lowest first.
 WITHIN: dict[str, tuple[str, ...]] = {
     "diffusion": (
-        "source", "schedule", "prompt", "denoiser", "encoder", "guide", "invert", "pipeline",
+        "source", "schedule", "prompt",
+        "fast_unet.support", "fast_unet.options", "fast_unet.packing", "fast_unet.layers",
+        "fast_unet.forward", "fast_unet.model", "fast_unet.graph", "fast_unet",
+        "denoiser", "encoder", "guide", "invert", "pipeline",
     ),
     "guidance": (),
     "ops": (),

@@ -11,6 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..types import SDIFastError
+from .fast_unet import FastUNet, FastUNetOptions
+
+KINDS = ("diffusers", "fast", "auto")
+
 
 class DenoiserLike(Protocol):
     """What guidance needs of a denoiser."""
@@ -58,3 +63,29 @@ class Denoiser:
             x.to(dtype), t, encoder_hidden_states=context.to(dtype), return_dict=False
         )[0]
         return output.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def make_denoiser(
+    unet: Any,
+    kind: str = "diffusers",
+    options: FastUNetOptions | None = None,  # of the fast one
+) -> Denoiser | FastUNet:
+    """A denoiser around a UNet2DConditionModel that is already on its device and in its dtype.
+
+    Args:
+        kind: "diffusers"; "fast", the model on packed weights; "auto", that on a GPU where it
+            supports the model, otherwise diffusers'.
+
+    Raises:
+        SDIFastError: where `kind` is "fast" and the model has a feature that it lacks.
+    """
+    if kind not in KINDS:
+        raise SDIFastError(f"kind: expected {', '.join(KINDS)}, got {kind!r}")
+    if kind == "fast":
+        return FastUNet(unet, options)
+    if kind == "auto" and next(unet.parameters()).is_cuda:
+        try:
+            return FastUNet(unet, options)
+        except SDIFastError:
+            pass
+    return Denoiser(unet)

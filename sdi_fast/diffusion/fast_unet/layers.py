@@ -1,0 +1,121 @@
+"""The layers of the fast UNet as functions: each picks its kernel and nothing else.
+
+Activations are [B, H, W, C] contiguous; convolutions see them as channels_last [B, C, H, W].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ...ops import unet_ops
+from .options import Choices, FastUNetOptions
+from .packing import Norm, Resample
+
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+MEASURED_SDPA = ("cudnn", "flash", "efficient")
+
+
+def _key(kind: str, *tensors: Tensor) -> tuple[Any, ...]:
+    return (kind, *(tuple(t.shape) for t in tensors), str(tensors[0].dtype))
+
+
+class Layers:
+    """The layers under one set of options."""
+
+    def __init__(self, options: FastUNetOptions, choices: Choices) -> None:
+        self.options, self.choices = options, choices
+        compiled = options.mode == "compile" and options.kernels == "auto"
+        self.backend = "reference" if compiled else options.kernels
+
+    def group_norm(
+        self,
+        parts: Sequence[Tensor],  # [B, H, W, C_i]
+        norm: Norm,
+        shift: Tensor | None = None,  # [B, C], in place of the norm's own
+        *,
+        silu: bool = True,
+    ) -> Tensor:  # [B, H, W, C]
+        b, h, w, _ = parts[0].shape
+        run = functools.partial(
+            unet_ops.group_norm,
+            [part.reshape(b, h * w, -1) for part in parts],
+            norm.weight,
+            norm.bias,
+            norm.shift if shift is None else shift,
+            n_groups=norm.n_groups,
+            eps=norm.eps,
+            silu=silu,
+            backend=self.backend,
+        )
+        if self.options.norm_splits == "measured" and self.backend != "reference":
+            key = _key("group_norm", *parts)
+            counts = [0] + [n for n in (1, 2, 4, 8, 16) if h * w >= 32 * n]
+            return self.choices.pick(
+                key, {str(n): functools.partial(run, splits=n) for n in counts}
+            ).view(b, h, w, -1)
+        return run().view(b, h, w, -1)
+
+    def layer_norm(self, x: Tensor, norm: Norm) -> Tensor:  # [M, C]
+        return unet_ops.layer_norm(
+            x, norm.weight, norm.bias, norm.shift, eps=norm.eps, backend=self.backend
+        )
+
+    def feed_forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """GEGLU of a linear map, [M, F]."""
+
+        def separate() -> Tensor:
+            return unet_ops.geglu(torch.mm(x, weight), bias, backend=self.backend)
+
+        return separate()
+
+    def attention(
+        self,
+        q: Tensor,  # [B, N, H, d]
+        k: Tensor,  # [B, T, H, d]
+        v: Tensor,  # [B, T, H, d]
+    ) -> Tensor:  # [B * N, H * d]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+
+        def run(backend: str) -> Tensor:
+            chosen = SDPA.get(backend)
+            with contextlib.nullcontext() if chosen is None else sdpa_kernel(chosen):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        backend = self.options.attention
+        if backend == "measured":
+            names = MEASURED_SDPA if self.choices.measuring else ("default", *MEASURED_SDPA)
+            out = self.choices.pick(
+                _key("attention", q, k), {n: functools.partial(run, n) for n in names}
+            )
+        else:
+            out = run(backend)
+        return out.transpose(1, 2).reshape(-1, q.shape[1] * q.shape[3])
+
+    def conv(self, x: Tensor, weight: Tensor, stride: int = 1, padding: int = 1) -> Tensor:
+        """[B, H, W, C] to [B, H', W', C'], without bias."""
+        out = F.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=padding)
+        return out.permute(0, 2, 3, 1).contiguous()
+
+    def resample(self, x: Tensor, sampler: Resample) -> Tensor:
+        x = x + sampler.shift  # before the zeros of the padding
+        if sampler.kind == "down":
+            return self.conv(x, sampler.weight, stride=2)
+        if sampler.kind == "phase":
+            phases = self.conv(x, sampler.weight)
+            return unet_ops.interleave_phases(phases, backend=self.backend)
+        b, h, w, c = x.shape
+        tall = x[:, :, None, :, None].expand(b, h, 2, w, 2, c)
+        return self.conv(tall.reshape(b, 2 * h, 2 * w, c), sampler.weight)
