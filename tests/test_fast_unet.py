@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sdi_fast.diffusion.denoiser import Denoiser, make_denoiser
 from sdi_fast.diffusion.fast_unet import CapturedUNet, FastUNet, FastUNetOptions
 from sdi_fast.diffusion.fast_unet.options import Choices
-from sdi_fast.diffusion.fast_unet.packing import phase_weights
+from sdi_fast.diffusion.fast_unet.packing import pack, phase_weights
 from sdi_fast.ops.unet_ops import interleave_phases
 from sdi_fast.types import SDIFastError
 
@@ -95,9 +95,11 @@ def unet(request: pytest.FixtureRequest) -> Any:
     return UNETS[request.param]().eval().requires_grad_(False)
 
 
-def inputs(unet: Any, batch: int, n_conditions: int) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    unet: Any, batch: int, n_conditions: int, size: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Different t in the rows, the first negative."""
-    size = unet.config.sample_size
+    size = size or unet.config.sample_size
     x = torch.randn(batch, 4, size, size)
     t = torch.tensor([-99, 0, 731, 999][:batch])
     context = torch.randn(n_conditions * batch, N_TOKENS, unet.config.cross_attention_dim)
@@ -169,7 +171,7 @@ def test_half_precision_rule(small: Any, kernels: str) -> None:
     """Error of bf16 against f32 at most twice that of diffusers' own bf16 (style.md 4)."""
     if kernels == "triton":
         pytest.importorskip("triton")
-    x, t, context = inputs(small, 2, 1)
+    x, t, context = inputs(small, 2, 1, size=8)  # small, since Triton's interpreter is slow
     exact = Denoiser(small).predict(x, t, context)
     half = sd21_topology().eval()
     half.load_state_dict(small.state_dict())
@@ -182,10 +184,11 @@ def test_half_precision_rule(small: Any, kernels: str) -> None:
 
 def test_triton_kernels_agree_with_the_twins_in_the_whole(small: Any) -> None:
     pytest.importorskip("triton")
-    x, t, context = inputs(small, 1, 2)
+    x, t, context = inputs(small, 1, 2, size=8)
     results = []
     for kernels in ("reference", "triton"):
-        fast = FastUNet(small, FastUNetOptions(kernels=kernels))
+        options = FastUNetOptions(kernels=kernels, conv="triton", geglu="fused")
+        fast = FastUNet(small, options)
         results.append(fast.predict_prepared(x, t, fast.prepare(context)))
     assert relative_error(results[1], results[0]) < TOLERANCE
 
@@ -197,6 +200,18 @@ def test_phases_are_the_doubled_image_convolved() -> None:
     phases = nn.functional.conv2d(x, phase_weights(weight), padding=1)
     ours = interleave_phases(phases.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
     assert relative_error(ours, expected) < 1e-6
+
+
+def test_channels_may_be_padded(small: Any) -> None:
+    """As on a GPU, whose tensor cores take them in eights."""
+    x, t, context = inputs(small, 2, 1)
+    fast = FastUNet(small)
+    expected = fast.predict(x, t, context)
+    padded = pack(small, multiple=8)
+    assert padded.conv_in.shape[1] == padded.conv_out.shape[0] == 8
+    fast.packed = padded
+    fast._forward.unet = padded
+    assert relative_error(fast.predict(x, t, context), expected) < TOLERANCE
 
 
 UNSUPPORTED = {
@@ -299,8 +314,8 @@ def full_size(dtype: torch.dtype) -> Any:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("geglu", ["separate"])
-@pytest.mark.parametrize("conv", ["cudnn"])
+@pytest.mark.parametrize("geglu", ["separate", "measured", "fused"])
+@pytest.mark.parametrize("conv", ["cudnn", "triton"])
 def test_half_precision_rule_at_full_size(geglu: str, conv: str) -> None:
     unet = full_size(torch.float16)
     x, t = torch.randn(1, 4, 64, 64, device="cuda"), torch.tensor([-99], device="cuda")

@@ -15,7 +15,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
 
+from sdi_fast.kernels.conv3x3 import ConvTile, conv_tiles
 from sdi_fast.kernels.group_norm import default_splits
+from sdi_fast.kernels.linear_geglu import Tile
 from sdi_fast.ops import unet_ops
 from sdi_fast.reference import unet_ops as twin
 from sdi_fast.types import SDIFastError
@@ -23,6 +25,8 @@ from sdi_fast.types import SDIFastError
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 DTYPES = list(TOLERANCE)
+# Triton's interpreter takes bf16's bits for integers in tl.dot
+DOT_DTYPES = DTYPES if DEVICE == "cuda" else [torch.float32, torch.float16]
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -122,6 +126,43 @@ def test_interleave_phases(shape: tuple[int, ...]) -> None:
     x = randn(*shape, dtype=torch.float16)
     ours = unet_ops.interleave_phases(x, backend="triton")
     assert torch.equal(ours, twin.interleave_phases(x))
+
+
+def assert_rounded_once(ours: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert ours.dtype == dtype
+    assert relative_error(ours, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("shape", [(1, 16, 2), (70, 72, 6), (33, 40, 160)])  # M, K, 2 F
+def test_linear_geglu(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Sizes that are no multiples of the tile; the inner one below and above its 32."""
+    m, k, f2 = shape
+    x, weight, bias = randn(m, k, dtype=dtype), randn(f2, k, dtype=dtype), randn(f2)
+    tile = Tile(32, 32, 32, warps=4)
+    ours = unet_ops.linear_geglu(x, weight, bias, tile=tile, backend="triton")
+    expected = twin.linear_geglu(x.float(), weight.float(), bias)
+    assert_rounded_once(ours, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_conv3x3(splits: int, with_residual: bool, dtype: torch.dtype) -> None:
+    """An odd image, channels and filters that are no multiples of the tile."""
+    x, weight = randn(2, 5, 7, 40, dtype=dtype), randn(36, 3, 3, 40, dtype=dtype)
+    residual = 10.0 * randn(2, 5, 7, 36, dtype=dtype) if with_residual else None
+    tile = ConvTile(32, 32, 32, splits=splits, warps=4)
+    ours = unet_ops.conv3x3(x, weight, residual, tile=tile, backend="triton")
+    given = None if residual is None else residual.float()
+    assert_rounded_once(ours, twin.conv3x3(x.float(), weight.float(), given), dtype)
+
+
+def test_conv_tiles_fill_the_gpu() -> None:
+    for n_pixels, filters, channels in ((256, 1280, 2560), (1024, 1280, 1280), (16384, 320, 320)):
+        tiles = conv_tiles(n_pixels, filters, channels)
+        assert tiles and len(set(tiles)) == len(tiles)
+    assert all(t.splits > 1 for t in conv_tiles(256, 1280, 2560) if t.block_m * t.block_n > 8192)
 
 
 def test_empty_batches() -> None:

@@ -238,8 +238,10 @@ def group_norm(
     rows_a_split = triton.cdiv(n_rows, asked)
     splits = triton.cdiv(n_rows, rows_a_split)  # none is empty
     places = rows_a_split * (size // vec)
-    warps = 16 if places * vec >= 16384 else 8 if places * vec >= 4096 else 4
-    lanes = min(triton.next_power_of_2(places), max(warps * 32 * 32 // vec, 1))
+    warps = 4  # up to 32, and 16 elements a lane at once: more would spill
+    while warps < 32 and warps * 1024 < places * vec:
+        warps *= 2
+    lanes = min(triton.next_power_of_2(places), warps * 32 * 16 // vec)
     constants = dict(
         n_lanes=lanes,
         per=size // vec,

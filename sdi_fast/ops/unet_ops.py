@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,3 +134,60 @@ def interleave_phases(
     from ..kernels.interleave import interleave_phases as kernel
 
     return kernel(x.contiguous())
+
+
+def linear_geglu(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [2 F, K], as torch.nn.Linear has it: values, then gates
+    bias: Tensor,  # [2 F] f32
+    *,
+    tile: Any = None,  # a kernels.linear_geglu.Tile
+    backend: str = "auto",
+) -> Tensor:
+    """geglu of the linear map, without rounding in between, [M, F]."""
+    _check("x", x, (None, None))
+    check_tensor("weight", weight, (None, x.shape[1]), dtype=x.dtype, like=x)
+    if weight.shape[0] % 2:
+        raise SDIFastError(f"weight: expected an even number of rows, got {weight.shape[0]}")
+    _check("bias", bias, (weight.shape[0],))
+    if not _use_triton("linear_geglu", x, backend):
+        return reference.linear_geglu(x, weight, bias)
+    from ..kernels.linear_geglu import linear_geglu as kernel
+
+    return kernel(x.contiguous(), weight.contiguous(), bias, tile)
+
+
+def linear_geglu_tiles() -> tuple[Any, ...]:
+    """Tiles worth measuring."""
+    from ..kernels.linear_geglu import TILES
+
+    return TILES
+
+
+def conv3x3(
+    x: Tensor,  # [B, H, W, C]
+    weight: Tensor,  # [F, 3, 3, C]
+    residual: Tensor | None,  # [B, H, W, F]
+    *,
+    tile: Any = None,  # a kernels.conv3x3.ConvTile
+    backend: str = "auto",
+) -> Tensor:
+    """3 x 3 convolution with padding 1, plus the residual, [B, H, W, F]."""
+    _check("x", x, (None, None, None, None))
+    check_tensor("weight", weight, (None, 3, 3, x.shape[3]), dtype=x.dtype, like=x)
+    if residual is not None:
+        shape = (*x.shape[:3], weight.shape[0])
+        check_tensor("residual", residual, shape, dtype=x.dtype, like=x)
+        residual = residual.contiguous()
+    if not _use_triton("conv3x3", x, backend):
+        return reference.conv3x3(x, weight, residual)
+    from ..kernels.conv3x3 import conv3x3 as kernel
+
+    return kernel(x.contiguous(), weight.contiguous(), residual, tile)
+
+
+def conv3x3_tiles(n_pixels: int, n_filters: int, n_channels: int) -> tuple[Any, ...]:
+    """Tiles worth measuring for a convolution."""
+    from ..kernels.conv3x3 import conv_tiles
+
+    return conv_tiles(n_pixels, n_filters, n_channels)

@@ -97,15 +97,13 @@ class Forward:
     def _resnet(self, state: State, r: Resnet, skip: Tensor | None = None) -> None:
         layers = self.layers
         parts = [state.x] if skip is None else [state.x, skip]
-        h = layers.conv(layers.group_norm(parts, r.norm1), r.conv1)
-        h = layers.conv(layers.group_norm([h], r.norm2, state.shifts[:, r.time]), r.conv2)
-        # h is this function's own: the residual is added into it
-        if r.shortcuts:
-            flat = h.view(-1, h.shape[-1])
-            for part, weight in zip(parts, r.shortcuts, strict=True):
-                flat.addmm_(part.reshape(-1, part.shape[-1]), weight)
-        else:
-            h.add_(state.x)
+        h = layers.conv3x3(layers.group_norm(parts, r.norm1), r.conv1)
+        h = layers.group_norm([h], r.norm2, state.shifts[:, r.time])
+        h = layers.conv3x3(h, r.conv2, None if r.shortcuts else state.x)
+        flat = h.view(-1, h.shape[-1])
+        for part, weight in zip(parts, r.shortcuts, strict=bool(r.shortcuts)):
+            # h is this function's own: the residual is added into it
+            flat.addmm_(part.reshape(-1, part.shape[-1]), weight)
         state.x = h
 
     def _transformer(self, state: State, t: Transformer, text: Tensor) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+Candidates = dict[str, Callable[[], Tensor]]
 MEASURED_SDPA = ("cudnn", "flash", "efficient")
 
 
@@ -39,6 +40,8 @@ class Layers:
         self.options, self.choices = options, choices
         compiled = options.mode == "compile" and options.kernels == "auto"
         self.backend = "reference" if compiled else options.kernels
+        # no choices among kernels of our own
+        self.plain = options.mode == "compile" or options.kernels == "reference"
 
     def group_norm(
         self,
@@ -60,7 +63,7 @@ class Layers:
             silu=silu,
             backend=self.backend,
         )
-        if self.options.norm_splits == "measured" and self.backend != "reference":
+        if self.options.norm_splits == "measured" and not self.plain:
             key = _key("group_norm", *parts)
             counts = [0] + [n for n in (1, 2, 4, 8, 16) if h * w >= 32 * n]
             return self.choices.pick(
@@ -74,12 +77,21 @@ class Layers:
         )
 
     def feed_forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """GEGLU of a linear map, [M, F]."""
+        """GEGLU of a linear map, [M, F]; weight is [K, 2 F], a view of rows of K."""
 
         def separate() -> Tensor:
             return unet_ops.geglu(torch.mm(x, weight), bias, backend=self.backend)
 
-        return separate()
+        def fused(tile: Any = None) -> Tensor:
+            return unet_ops.linear_geglu(x, weight.t(), bias, tile=tile, backend=self.backend)
+
+        how = self.options.geglu
+        if how == "separate" or self.plain:
+            return separate()
+        candidates: Candidates = {"fused": fused} if how == "fused" else {"separate": separate}
+        for tile in unet_ops.linear_geglu_tiles():
+            candidates[str(tile)] = functools.partial(fused, tile)
+        return self.choices.pick(_key("geglu", x, weight), candidates)
 
     def attention(
         self,
@@ -105,9 +117,30 @@ class Layers:
         return out.transpose(1, 2).reshape(-1, q.shape[1] * q.shape[3])
 
     def conv(self, x: Tensor, weight: Tensor, stride: int = 1, padding: int = 1) -> Tensor:
-        """[B, H, W, C] to [B, H', W', C'], without bias."""
+        """[B, H, W, C] to [B, H', W', C'], without bias, by cuDNN."""
         out = F.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=padding)
         return out.permute(0, 2, 3, 1).contiguous()
+
+    def conv3x3(self, x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+        """A 3 x 3 convolution of stride 1 and the residual, by whatever is chosen for its shape."""
+
+        def library() -> Tensor:
+            out = self.conv(x, weight)
+            return out if residual is None else out.add_(residual)
+
+        def ours(tile: Any = None) -> Tensor:
+            return unet_ops.conv3x3(
+                x, weight.permute(0, 2, 3, 1), residual, tile=tile, backend=self.backend
+            )
+
+        how = self.options.conv
+        if how == "cudnn" or self.plain:
+            return library()
+        candidates: Candidates = {"triton": ours} if how == "triton" else {"cudnn": library}
+        b, h, w, c = x.shape
+        for tile in unet_ops.conv3x3_tiles(b * h * w, weight.shape[0], c):
+            candidates[str(tile)] = functools.partial(ours, tile)
+        return self.choices.pick((*_key("conv", x, weight), residual is not None), candidates)
 
     def resample(self, x: Tensor, sampler: Resample) -> Tensor:
         x = x + sampler.shift  # before the zeros of the padding

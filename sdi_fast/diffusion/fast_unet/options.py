@@ -52,56 +52,59 @@ class Choices:
     def __init__(self) -> None:
         self.table: dict[Hashable, str] = {}
         self.times_ms: dict[Hashable, dict[str, float]] = {}
+        self.failures: dict[Hashable, dict[str, str]] = {}
         self.measuring = False
 
     def pick(self, key: Hashable, candidates: dict[str, Callable[[], Tensor]]) -> Tensor:
         """The result of the candidate chosen for `key`; of the first where none is yet.
 
-        Candidates must not change their inputs. One that fails while measured is out.
+        Candidates must not change their inputs.
         """
-        name = self.table.get(key)
-        if name is None:
-            name = next(iter(candidates))
-            if self.measuring and len(candidates) > 1:
-                times = {n: t for n, f in candidates.items() if (t := _time_ms(f)) is not None}
-                if not times:
-                    raise RuntimeError(f"no candidate for {key} runs: {', '.join(candidates)}")
-                name = min(times, key=lambda n: times[n])
-                self.table[key], self.times_ms[key] = name, times
-        return candidates[name]()
+        if self.measuring and key not in self.table and len(candidates) > 1:
+            self._measure(key, candidates)
+        return candidates[self.table.get(key, next(iter(candidates)))]()
+
+    def _measure(self, key: Hashable, candidates: dict[str, Callable[[], Tensor]]) -> None:
+        times, failures = {}, {}
+        for name, function in candidates.items():
+            try:
+                times[name] = _time_ms(function)
+            except Exception as error:  # no kernel for the shape, a tile that does not fit, ...
+                torch.cuda.synchronize()
+                failures[name] = f"{type(error).__name__}: {str(error)[:200]}"
+        if not times:
+            raise RuntimeError(f"no candidate for {key} runs: {failures}")
+        self.table[key] = min(times, key=lambda name: times[name])
+        self.times_ms[key], self.failures[key] = times, failures
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """What was chosen and how long each candidate took, for a benchmark's record."""
+        """What was chosen, how long each candidate took, and which failed; for a record."""
         return {
-            str(key): {"chosen": name, "ms": {n: round(t, 4) for n, t in times.items()}}
+            str(key): {
+                "chosen": name,
+                "us": {n: round(1e3 * t, 1) for n, t in self.times_ms[key].items()},
+                **({"failed": self.failures[key]} if self.failures[key] else {}),
+            }
             for key, name in self.table.items()
-            if (times := self.times_ms[key])
+            if key in self.times_ms
         }
 
 
-def _time_ms(function: Callable[[], Tensor], rounds: int = 5, calls: int = 4) -> float | None:
-    """Fastest round's milliseconds a call; None where it cannot run.
-
-    A round is replayed from a graph where it can be captured: what counts later is the device's
-    time, not the host's.
-    """
-    try:
-        for _ in range(2):
+def _time_ms(function: Callable[[], Tensor], rounds: int = 5, calls: int = 4) -> float:
+    """Fastest round's milliseconds a call, replayed from a graph: what counts is device time."""
+    for _ in range(2):
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
             function()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                function()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        times = []
-        for _ in range(rounds):
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / calls)
-        return min(times)
-    except RuntimeError:  # an attention backend without a kernel for the shape, and the like
-        torch.cuda.synchronize()
-        return None
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times = []
+    for _ in range(rounds):
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / calls)
+    return min(times)

@@ -307,6 +307,7 @@ def pack(
     upsample: str = "phase",
     n_train: int = 1000,
     n_negative: int = 100,
+    multiple: int | None = None,  # of the latent's channels, padded; None: 8 on a GPU, else 1
 ) -> PackedUNet:
     """Packs a UNet2DConditionModel; its own weights are left as they are.
 
@@ -316,7 +317,7 @@ def pack(
     check_supported(unet)
     weight = unet.conv_in.weight
     dtype = dtype or weight.dtype
-    packer = Packer(unet, dtype, upsample, 8 if weight.is_cuda else 1)
+    packer = Packer(unet, dtype, upsample, multiple or (8 if weight.is_cuda else 1))
     down, stack, shift = packer.down(_value(unet.conv_in.bias, weight))
     mid, shift = packer.mid(shift)
     up, shift = packer.up(stack, shift)
