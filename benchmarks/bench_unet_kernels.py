@@ -37,6 +37,7 @@ class Args:
     batch: int = 4
     rounds: int = 20
     splits: tuple[int, ...] = (0, 1, 2, 4, 8)  # of group norms; 0: the default
+    warps: tuple[int, ...] = (0, 8, 32)  # of their programs; 0: the default
 
 
 def graphed(function: Callable[[], Any]) -> Callable[[], None]:
@@ -78,14 +79,16 @@ def main(args: Args) -> None:
         parts = [randn(args.batch, n, size) for size in sizes]
         norm = (randn(c, dtype=torch.float32), randn(c, dtype=torch.float32), randn(args.batch, c))
 
-        def group_norm(backend: str, splits: int = 0, parts: Any = parts, norm: Any = norm) -> Any:
+        def group_norm(backend: str, parts: Any = parts, norm: Any = norm, **size: int) -> Any:
             return unet_ops.group_norm(
-                parts, *norm, n_groups=32, eps=1e-5, silu=True, splits=splits, backend=backend
+                parts, *norm, n_groups=32, eps=1e-5, silu=True, backend=backend, **size
             )
 
         variants = {"reference": lambda f=group_norm: f("reference")}
         for s in args.splits:
-            variants[f"splits {s}"] = lambda f=group_norm, s=s: f("triton", s)
+            for w in args.warps:
+                run = lambda f=group_norm, s=s, w=w: f("triton", splits=s, warps=w)  # noqa: E731
+                variants[f"{s} x {w} warps"] = run
         name = f"group_norm {n} x {'+'.join(map(str, sizes))}"
         rows[name] = bench(name, variants, 4 * args.batch * n * c, args.rounds)
     for n, c in LAYERS:

@@ -16,7 +16,7 @@ from tiny_sd import build_models
 from torch import Tensor, nn
 
 from sdi_fast.diffusion.denoiser import Denoiser, make_denoiser
-from sdi_fast.diffusion.fast_unet import CapturedUNet, FastUNet, FastUNetOptions
+from sdi_fast.diffusion.fast_unet import CapturedUNet, FastUNet, FastUNetOptions, GraphedUNet
 from sdi_fast.diffusion.fast_unet.options import Choices
 from sdi_fast.diffusion.fast_unet.packing import pack, phase_weights
 from sdi_fast.ops.unet_ops import interleave_phases
@@ -122,7 +122,7 @@ def test_agrees_with_diffusers(unet: Any, upsample: str) -> None:
 def test_conditions_may_share_a_latent(unet: Any, n_conditions: int) -> None:
     x, t, context = inputs(unet, 2, n_conditions)
     fast = FastUNet(unet)
-    ours = fast.predict_prepared(x, t, fast.prepare(context))
+    ours = fast.predict(x, t, context)
     expected = Denoiser(unet).predict(
         x.repeat(n_conditions, 1, 1, 1), t.repeat(n_conditions), context
     )
@@ -267,16 +267,12 @@ def test_wrong_arguments_are_named(small: Any) -> None:
         "x: expected shape": lambda: fast.predict(x[:, :3], t, context),
         "t: expected": lambda: fast.predict(x, t[:1], context),
         "context: expected shape": lambda: fast.prepare(context[..., :5]),
-        "context: expected 2 rows": lambda: fast.predict(x, t, context[:1]),
+        "context: expected a multiple": lambda: fast.predict(x, t, context[:1]),
         "in the cache": lambda: fast.prepare(context[:, :3], cache),
-        "cache: expected": lambda: fast.predict_prepared(x.repeat(2, 1, 1, 1)[:3], t, cache),
         "attention: expected": lambda: FastUNetOptions(attention="fast"),
         "on a GPU to capture": lambda: CapturedUNet(fast, 2, (16, 16), cache),
         "kind: expected": lambda: make_denoiser(small, "fastest"),
     }.items():
-        if message.startswith("cache"):
-            t3 = torch.zeros(3, dtype=torch.long)
-            call = lambda: fast.predict_prepared(x.repeat(2, 1, 1, 1)[:3], t3, cache)  # noqa: E731, B023
         with pytest.raises(SDIFastError, match=message):
             call()
 
@@ -333,3 +329,20 @@ def test_half_precision_rule_at_full_size(geglu: str, conv: str) -> None:
     bound = 2.0 * relative_error(theirs, exact)
     assert relative_error(ours, exact) <= bound
     assert relative_error(replayed, exact) <= bound
+
+
+@pytest.mark.gpu
+def test_graphs_follow_their_inputs() -> None:
+    """Two shapes that share memory, replayed in turn, against diffusers."""
+    unet = randomise(sd21_topology()).cuda().eval().requires_grad_(False)
+    graphed = make_denoiser(unet, "fast")
+    assert isinstance(graphed, GraphedUNet)
+    plain = Denoiser(unet)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for batch, k in ((2, 1), (1, 4)):
+            x, t, context = (v.cuda() for v in inputs(unet, batch, k))
+            t = t + seed
+            expected = plain.predict(x.repeat(k, 1, 1, 1), t.repeat(k), context)
+            assert relative_error(graphed.predict(x, t, context), expected) < 1e-3  # TF32
+    assert len(graphed.graphs) == 2 and graphed.n_calls == 6

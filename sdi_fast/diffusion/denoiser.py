@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..types import SDIFastError
-from .fast_unet import FastUNet, FastUNetOptions
+from .fast_unet import FastUNet, FastUNetOptions, GraphedUNet
 
 KINDS = ("diffusers", "fast", "auto")
 
@@ -69,23 +69,25 @@ def make_denoiser(
     unet: Any,
     kind: str = "diffusers",
     options: FastUNetOptions | None = None,  # of the fast one
-) -> Denoiser | FastUNet:
+) -> Denoiser | FastUNet | GraphedUNet:
     """A denoiser around a UNet2DConditionModel that is already on its device and in its dtype.
 
     Args:
-        kind: "diffusers"; "fast", the model on packed weights; "auto", that on a GPU where it
-            supports the model, otherwise diffusers'.
+        kind: "diffusers"; "fast", the model on packed weights, captured in graphs on a GPU; "auto",
+            that on a GPU where it supports the model, otherwise diffusers'.
 
     Raises:
         SDIFastError: where `kind` is "fast" and the model has a feature that it lacks.
     """
     if kind not in KINDS:
         raise SDIFastError(f"kind: expected {', '.join(KINDS)}, got {kind!r}")
-    if kind == "fast":
-        return FastUNet(unet, options)
-    if kind == "auto" and next(unet.parameters()).is_cuda:
-        try:
-            return FastUNet(unet, options)
-        except SDIFastError:
-            pass
-    return Denoiser(unet)
+    on_gpu = next(unet.parameters()).is_cuda
+    if kind == "diffusers" or (kind == "auto" and not on_gpu):
+        return Denoiser(unet)
+    try:
+        fast = FastUNet(unet, options)
+    except SDIFastError:
+        if kind == "fast":
+            raise
+        return Denoiser(unet)
+    return GraphedUNet(fast) if on_gpu and fast.options.graphs else fast

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_VEC = 8  # elements a lane reads at once: 16 bytes of f16
+MAX_WARPS = 16
 FULL_GPU = 96  # programs that keep an H100 or H200 (132 processors) busy enough
 
 
@@ -222,6 +223,7 @@ def group_norm(
     eps: float,
     silu: bool,
     splits: int = 0,  # 0: default_splits
+    warps: int = 0,  # of a program; 0: by the size of its share
 ) -> Tensor:
     """[B, N, C]."""
     x, skip = parts[0], parts[-1]
@@ -238,9 +240,11 @@ def group_norm(
     rows_a_split = triton.cdiv(n_rows, asked)
     splits = triton.cdiv(n_rows, rows_a_split)  # none is empty
     places = rows_a_split * (size // vec)
-    warps = 4  # up to 32, and 16 elements a lane at once: more would spill
-    while warps < 32 and warps * 1024 < places * vec:
-        warps *= 2
+    if not warps:
+        warps = 4
+        while warps < MAX_WARPS and warps * 1024 < places * vec:
+            warps *= 2
+    # 16 elements a lane at once: more would spill
     lanes = min(triton.next_power_of_2(places), warps * 32 * 16 // vec)
     constants = dict(
         n_lanes=lanes,

@@ -53,6 +53,7 @@ def group_norm(
     eps: float,
     silu: bool,
     splits: int = 0,  # programs that share a group; 0: as many as fill the GPU
+    warps: int = 0,  # of a program; 0: by its size
     backend: str = "auto",
 ) -> Tensor:
     """Group norm over N and a group's channels, then SiLU where asked for, [B, N, C]."""
@@ -77,7 +78,15 @@ def group_norm(
     if shift is not None and shift.stride(1) != 1:
         shift = shift.contiguous()
     parts = [part.contiguous() for part in parts]
-    return kernel(parts, weight, bias, shift, splits=splits, **options)  # type: ignore[arg-type]
+    return kernel(
+        parts,
+        weight,
+        bias,
+        shift,
+        splits=splits,
+        warps=warps,
+        **options,  # type: ignore[arg-type]
+    )
 
 
 def layer_norm(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .graph import CapturedUNet
+from .graph import CapturedUNet, GraphedUNet
 from .model import FastUNet, TextCache
 from .options import FastUNetOptions
 
-__all__ = ["CapturedUNet", "FastUNet", "FastUNetOptions", "TextCache"]
+__all__ = ["CapturedUNet", "FastUNet", "FastUNetOptions", "GraphedUNet", "TextCache"]

@@ -1,4 +1,4 @@
-"""The fast UNet captured in a CUDA graph for one shape.
+"""The fast UNet captured in CUDA graphs, one a shape.
 
 A replay costs one launch. It reads and writes fixed buffers: `x`, `t`, the text cache, `out`.
 """
@@ -43,6 +43,7 @@ class CapturedUNet:
         shape = (batch_size, unet.packed.in_channels, *size)
         self.x = torch.randn(shape, device=unet.device)
         self.t = torch.zeros(batch_size, dtype=torch.long, device=unet.device)
+        self.n_replays = 0
         self.graph = torch.cuda.CUDAGraph()
         self.out = self._capture(pool)
 
@@ -65,7 +66,7 @@ class CapturedUNet:
     def replay(self) -> Tensor:
         """`out` for what x, t and the cache now hold."""
         self.graph.replay()
-        self.unet.n_calls += 1
+        self.n_replays += 1
         return self.out
 
     def __call__(
@@ -109,3 +110,51 @@ class CapturedUNet:
                 f"{tolerance:.0e}"
             )
         return error
+
+
+class GraphedUNet:
+    """A drop-in for Denoiser that captures each shape at its first call and then replays.
+
+    All graphs share their memory. Inside of a capture by the caller, the kernels are launched
+    themselves, to become part of that graph.
+    """
+
+    shares_latents = True  # predict takes K conditions of each latent
+
+    def __init__(self, unet: FastUNet) -> None:
+        self.unet = unet
+        self.graphs: dict[tuple[int, ...], CapturedUNet] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def n_calls(self) -> int:
+        return sum(graph.n_replays for graph in self.graphs.values())
+
+    @torch.no_grad()
+    def predict(
+        self,
+        x: Tensor,  # [B, C, h, w] f32
+        t: Tensor,  # [B] i64; may be negative (methods.md G9)
+        context: Tensor,  # [K * B, T, D]; row k * B + b is condition k of sample b
+    ) -> Tensor:
+        """The raw output (eps or v), [K * B, C, h, w] f32; with K = 1 as Denoiser.predict."""
+        if torch.cuda.is_current_stream_capturing():
+            return self.unet.predict(x, t, context)
+        key = (*x.shape, *context.shape)
+        captured = self.graphs.get(key)
+        if captured is None:
+            pool = next(iter(self.graphs.values())).pool if self.graphs else None
+            size = (x.shape[2], x.shape[3])
+            cache = self.unet.prepare(context)
+            self.unet.check(x, t, cache)
+            captured = CapturedUNet(self.unet, x.shape[0], size, cache, pool=pool)
+            self.graphs[key] = captured
+        self.unet.prepare(context, captured.cache)
+        return captured(x, t).clone()

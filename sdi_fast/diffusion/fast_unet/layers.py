@@ -63,12 +63,14 @@ class Layers:
             silu=silu,
             backend=self.backend,
         )
-        if self.options.norm_splits == "measured" and not self.plain:
-            key = _key("group_norm", *parts)
-            counts = [0] + [n for n in (1, 2, 4, 8, 16) if h * w >= 32 * n]
-            return self.choices.pick(
-                key, {str(n): functools.partial(run, splits=n) for n in counts}
-            ).view(b, h, w, -1)
+        if self.options.norms == "measured" and not self.plain:
+            candidates: Candidates = {"default": run}
+            for splits in (1, 2, 4, 8, 16):
+                for warps in (4, 8, 16, 32) if h * w >= 32 * splits else ():
+                    name = f"{splits} splits, {warps} warps"
+                    candidates[name] = functools.partial(run, splits=splits, warps=warps)
+            key = (*_key("group_norm", *parts), silu)
+            return self.choices.pick(key, candidates).view(b, h, w, -1)
         return run().view(b, h, w, -1)
 
     def layer_norm(self, x: Tensor, norm: Norm) -> Tensor:  # [M, C]

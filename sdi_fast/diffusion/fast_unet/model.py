@@ -31,6 +31,8 @@ class TextCache:
 class FastUNet:
     """A frozen UNet2DConditionModel as a function on packed weights, drop-in for Denoiser.
 
+    Launching its kernels one by one takes longer than they run: see GraphedUNet.
+
     Args:
         unet: the diffusers model on its device; it is not kept, and may be freed.
         options: how to compute.
@@ -39,6 +41,8 @@ class FastUNet:
     Raises:
         SDIFastError: for a UNet with a feature that is not implemented, naming it.
     """
+
+    shares_latents = True  # predict takes K conditions of each latent
 
     def __init__(
         self,
@@ -113,7 +117,7 @@ class FastUNet:
 
         Host and device are never synchronised. A t outside of its range fails on the device.
         """
-        self._check(x, t, cache)
+        self.check(x, t, cache)
         self.n_calls += 1
         if not x.is_cuda:
             return self._forward(x, t, cache.projected)
@@ -133,15 +137,11 @@ class FastUNet:
 
     def predict(
         self,
-        x: Tensor,  # [M, C, h, w] f32
-        t: Tensor,  # [M] i64; may be negative (methods.md G9)
-        context: Tensor,  # [M, T, D]
+        x: Tensor,  # [B, C, h, w] f32
+        t: Tensor,  # [B] i64; may be negative (methods.md G9)
+        context: Tensor,  # [K * B, T, D]; row k * B + b is condition k of sample b
     ) -> Tensor:
-        """The raw output (eps or v), [M, C, h, w] f32, as Denoiser.predict."""
-        if context.shape[0] != x.shape[0]:
-            raise SDIFastError(
-                f"context: expected {x.shape[0]} rows, as x has, got {context.shape[0]}"
-            )
+        """The raw output (eps or v), [K * B, C, h, w] f32; with K = 1 as Denoiser.predict."""
         return self.predict_prepared(x, t, self.prepare(context))
 
     @torch.no_grad()
@@ -158,7 +158,8 @@ class FastUNet:
         finally:
             self.choices.measuring = False
 
-    def _check(self, x: Tensor, t: Tensor, cache: TextCache) -> None:
+    def check(self, x: Tensor, t: Tensor, cache: TextCache) -> None:
+        """Raises SDIFastError where the shapes do not fit each other and the model."""
         unet = self.packed
         if x.ndim != 4 or x.shape[1] != unet.in_channels:
             raise SDIFastError(
@@ -173,5 +174,5 @@ class FastUNet:
             raise SDIFastError(f"t: expected shape {[x.shape[0]]}, got {list(t.shape)}")
         if x.shape[0] == 0 or cache.n_rows % x.shape[0]:
             raise SDIFastError(
-                f"cache: expected a multiple of x's {x.shape[0]} rows, got {cache.n_rows}"
+                f"context: expected a multiple of x's {x.shape[0]} rows, got {cache.n_rows}"
             )

@@ -17,7 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "attention": ("measured", "default", "flash", "cudnn", "efficient", "math"),
     "conv": ("cudnn", "measured", "triton"),
     "geglu": ("separate", "measured", "fused"),
-    "norm_splits": ("auto", "measured"),
+    "norms": ("auto", "measured"),
     "upsample": ("phase", "nearest"),
 }
 
@@ -32,9 +32,10 @@ class FastUNetOptions:
     attention: str = "measured"  # backend of scaled_dot_product_attention
     conv: str = "cudnn"  # 3 x 3 convolutions of stride 1
     geglu: str = "separate"  # after the matrix product, or inside of it
-    norm_splits: str = "auto"  # how many programs share a group of a group norm
+    norms: str = "auto"  # how many programs share a group of a group norm, and their size
     upsample: str = "phase"  # 4 convolutions of 2 x 2 taps in place of 9 taps on the large image
     cudnn_benchmark_limit: int = 10  # algorithms that cuDNN tries a shape; 0: all
+    graphs: bool = True  # make_denoiser captures the calls on a GPU, one graph a shape
     n_train_steps: int = 1000
     n_negative_steps: int = 100  # the inversion asks for t down to -99 (methods.md G9)
 
