@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sdi_fast.diffusion.denoiser import Denoiser, make_denoiser
 from sdi_fast.diffusion.fast_unet import CapturedUNet, FastUNet, FastUNetOptions, GraphedUNet
-from sdi_fast.diffusion.fast_unet.options import Choices
+from sdi_fast.diffusion.fast_unet.choices import Choices
 from sdi_fast.diffusion.fast_unet.packing import pack, phase_weights
 from sdi_fast.ops.unet_ops import interleave_phases
 from sdi_fast.types import SDIFastError
@@ -301,6 +301,32 @@ def test_choices_keep_the_first_where_nothing_is_measured() -> None:
     assert choices.pick("key", candidates) is one
     choices.table["key"] = "two"
     assert choices.pick("key", candidates) is two
+
+
+def test_choices_take_the_fastest_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        """Each candidate's result is its time; nothing takes 1."""
+
+        def measure(self, function: Any, warm: Any) -> float:
+            result = function()
+            return 1.0 if result is None else 1.0 + float(result)
+
+    def broken() -> Tensor:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr("sdi_fast.diffusion.fast_unet.choices.Timer", Clock)
+    choices = Choices()
+    candidates = {"slow": lambda: torch.tensor(3.0), "fast": lambda: torch.tensor(2.0)}
+    choices.start()
+    assert choices.pick("key", {"broken": broken, **candidates}) == 2.0
+    choices.stop()
+    assert choices.pick("key", candidates) == 2.0, "what was measured is kept"
+    summary = choices.summary()["key"]
+    assert summary["chosen"] == "fast" and summary["us"] == {"slow": 3.0, "fast": 2.0}
+    assert "no kernel" in summary["failed"]["broken"]
+    choices.start()
+    with pytest.raises(RuntimeError, match="no candidate"):
+        choices.pick("other", {"broken": broken, "too": broken})
 
 
 def full_size(dtype: torch.dtype) -> Any:

@@ -39,8 +39,8 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
 WITHIN: dict[str, tuple[str, ...]] = {
     "diffusion": (
         "source", "schedule", "prompt",
-        "fast_unet.support", "fast_unet.options", "fast_unet.packing", "fast_unet.layers",
-        "fast_unet.forward", "fast_unet.model", "fast_unet.graph", "fast_unet",
+        "fast_unet.support", "fast_unet.options", "fast_unet.choices", "fast_unet.packing",
+        "fast_unet.layers", "fast_unet.forward", "fast_unet.model", "fast_unet.graph", "fast_unet",
         "denoiser", "encoder", "guide", "invert", "pipeline",
     ),
     "guidance": (),

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...ops import unet_ops
-from .options import Choices, FastUNetOptions
+from .choices import Choices
+from .options import FastUNetOptions
 from .packing import Norm, Resample
 
 SDPA = {
@@ -40,7 +41,7 @@ class Layers:
         self.options, self.choices = options, choices
         compiled = options.mode == "compile" and options.kernels == "auto"
         self.backend = "reference" if compiled else options.kernels
-        # no choices among kernels of our own
+        # without choices among kernels
         self.plain = options.mode == "compile" or options.kernels == "reference"
 
     def group_norm(
@@ -70,7 +71,7 @@ class Layers:
                     name = f"{splits} splits, {warps} warps"
                     candidates[name] = functools.partial(run, splits=splits, warps=warps)
             key = (*_key("group_norm", *parts), silu)
-            return self.choices.pick(key, candidates).view(b, h, w, -1)
+            return self.choices.pick(key, candidates, parts).view(b, h, w, -1)
         return run().view(b, h, w, -1)
 
     def layer_norm(self, x: Tensor, norm: Norm) -> Tensor:  # [M, C]
@@ -93,7 +94,7 @@ class Layers:
         candidates: Candidates = {"fused": fused} if how == "fused" else {"separate": separate}
         for tile in unet_ops.linear_geglu_tiles():
             candidates[str(tile)] = functools.partial(fused, tile)
-        return self.choices.pick(_key("geglu", x, weight), candidates)
+        return self.choices.pick(_key("geglu", x, weight), candidates, [x])
 
     def attention(
         self,
@@ -106,17 +107,16 @@ class Layers:
         def run(backend: str) -> Tensor:
             chosen = SDPA.get(backend)
             with contextlib.nullcontext() if chosen is None else sdpa_kernel(chosen):
-                return F.scaled_dot_product_attention(q, k, v)
+                out = F.scaled_dot_product_attention(q, k, v)
+            # no copy where the backend lays its result out like q, as all but "math" do
+            return out.transpose(1, 2).reshape(-1, q.shape[1] * q.shape[3])
 
         backend = self.options.attention
         if backend == "measured":
-            names = MEASURED_SDPA if self.choices.measuring else ("default", *MEASURED_SDPA)
-            out = self.choices.pick(
-                _key("attention", q, k), {n: functools.partial(run, n) for n in names}
-            )
-        else:
-            out = run(backend)
-        return out.transpose(1, 2).reshape(-1, q.shape[1] * q.shape[3])
+            names = MEASURED_SDPA if self.choices.timer else ("default", *MEASURED_SDPA)
+            candidates = {name: functools.partial(run, name) for name in names}
+            return self.choices.pick(_key("attention", q, k), candidates, [q, k, v])
+        return run(backend)
 
     def conv(self, x: Tensor, weight: Tensor, stride: int = 1, padding: int = 1) -> Tensor:
         """[B, H, W, C] to [B, H', W', C'], without bias, by cuDNN."""
@@ -142,7 +142,8 @@ class Layers:
         b, h, w, c = x.shape
         for tile in unet_ops.conv3x3_tiles(b * h * w, weight.shape[0], c):
             candidates[str(tile)] = functools.partial(ours, tile)
-        return self.choices.pick((*_key("conv", x, weight), residual is not None), candidates)
+        key = (*_key("conv", x, weight), residual is not None)
+        return self.choices.pick(key, candidates, [x])
 
     def resample(self, x: Tensor, sampler: Resample) -> Tensor:
         x = x + sampler.shift  # before the zeros of the padding

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ...types import SDIFastError
+from .choices import Choices
 from .forward import Forward
 from .layers import Layers
-from .options import Choices, FastUNetOptions
+from .options import FastUNetOptions
 from .packing import pack
 
 
@@ -152,11 +153,12 @@ class FastUNet:
         cache: TextCache,
     ) -> None:
         """Makes the choices by measurement for these shapes and compiles what needs compiling."""
-        self.choices.measuring = x.is_cuda and self.options.mode == "eager"
+        if x.is_cuda and self.options.mode == "eager":
+            self.choices.start()
         try:
             self.predict_prepared(x, t, cache)
         finally:
-            self.choices.measuring = False
+            self.choices.stop()
 
     def check(self, x: Tensor, t: Tensor, cache: TextCache) -> None:
         """Raises SDIFastError where the shapes do not fit each other and the model."""

@@ -1,13 +1,8 @@
-"""What can be chosen about the fast UNet, and choices made by measurement."""
+"""What can be chosen about the fast UNet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from ...types import SDIFastError
 
@@ -45,67 +40,3 @@ class FastUNetOptions:
             value = getattr(self, field.name)
             if allowed is not None and value not in allowed:
                 raise SDIFastError(f"{field.name}: expected {', '.join(allowed)}, got {value!r}")
-
-
-class Choices:
-    """Remembers which candidate is fastest for each key; measures only while told to."""
-
-    def __init__(self) -> None:
-        self.table: dict[Hashable, str] = {}
-        self.times_ms: dict[Hashable, dict[str, float]] = {}
-        self.failures: dict[Hashable, dict[str, str]] = {}
-        self.measuring = False
-
-    def pick(self, key: Hashable, candidates: dict[str, Callable[[], Tensor]]) -> Tensor:
-        """The result of the candidate chosen for `key`; of the first where none is yet.
-
-        Candidates must not change their inputs.
-        """
-        if self.measuring and key not in self.table and len(candidates) > 1:
-            self._measure(key, candidates)
-        return candidates[self.table.get(key, next(iter(candidates)))]()
-
-    def _measure(self, key: Hashable, candidates: dict[str, Callable[[], Tensor]]) -> None:
-        times, failures = {}, {}
-        for name, function in candidates.items():
-            try:
-                times[name] = _time_ms(function)
-            except Exception as error:  # no kernel for the shape, a tile that does not fit, ...
-                torch.cuda.synchronize()
-                failures[name] = f"{type(error).__name__}: {str(error)[:200]}"
-        if not times:
-            raise RuntimeError(f"no candidate for {key} runs: {failures}")
-        self.table[key] = min(times, key=lambda name: times[name])
-        self.times_ms[key], self.failures[key] = times, failures
-
-    def summary(self) -> dict[str, dict[str, Any]]:
-        """What was chosen, how long each candidate took, and which failed; for a record."""
-        return {
-            str(key): {
-                "chosen": name,
-                "us": {n: round(1e3 * t, 1) for n, t in self.times_ms[key].items()},
-                **({"failed": self.failures[key]} if self.failures[key] else {}),
-            }
-            for key, name in self.table.items()
-            if key in self.times_ms
-        }
-
-
-def _time_ms(function: Callable[[], Tensor], rounds: int = 5, calls: int = 4) -> float:
-    """Fastest round's milliseconds a call, replayed from a graph: what counts is device time."""
-    for _ in range(2):
-        function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            function()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    times = []
-    for _ in range(rounds):
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / calls)
-    return min(times)
