@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from sdi_fast.diffusion.denoiser import Denoiser, make_denoiser
 from sdi_fast.diffusion.fast_unet import CapturedUNet, FastUNet, FastUNetOptions, GraphedUNet
 from sdi_fast.diffusion.fast_unet.choices import Choices
-from sdi_fast.diffusion.fast_unet.packing import pack, phase_weights
+from sdi_fast.diffusion.fast_unet.layers import Layers
+from sdi_fast.diffusion.fast_unet.packing import Norm, pack, phase_weights
 from sdi_fast.ops.unet_ops import interleave_phases
 from sdi_fast.types import SDIFastError
 
@@ -193,6 +194,20 @@ def test_triton_kernels_agree_with_the_twins_in_the_whole(small: Any) -> None:
     assert relative_error(results[1], results[0]) < TOLERANCE
 
 
+@pytest.mark.parametrize("conv", ["triton", "padded"])
+def test_every_way_to_convolve_agrees(conv: str) -> None:
+    pytest.importorskip("triton")
+    parts = [torch.randn(2, 4, 3, 64), torch.randn(2, 4, 3, 64)]
+    weight = torch.randn(8, 128, 3, 3).to(memory_format=torch.channels_last)
+    norm = Norm(torch.randn(128), torch.randn(128), None, 1e-5, n_groups=8)
+    shift, residual = torch.randn(2, 128), torch.randn(2, 4, 3, 8)
+    results = []
+    for options in (FastUNetOptions(), FastUNetOptions(conv=conv, kernels="triton")):
+        layers = Layers(options, Choices())
+        results.append(layers.norm_conv(parts, norm, shift, weight, residual))
+    assert relative_error(results[1], results[0]) < TOLERANCE
+
+
 def test_phases_are_the_doubled_image_convolved() -> None:
     x, weight = torch.randn(2, 5, 3, 4), torch.randn(6, 5, 3, 3)
     doubled = nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
@@ -337,7 +352,7 @@ def full_size(dtype: torch.dtype) -> Any:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("geglu", ["separate", "measured", "fused"])
-@pytest.mark.parametrize("conv", ["cudnn", "triton"])
+@pytest.mark.parametrize("conv", ["cudnn", "measured", "triton", "padded"])
 def test_half_precision_rule_at_full_size(geglu: str, conv: str) -> None:
     unet = full_size(torch.float16)
     x, t = torch.randn(1, 4, 64, 64, device="cuda"), torch.tensor([-99], device="cuda")

@@ -158,6 +158,32 @@ def test_conv3x3(splits: int, with_residual: bool, dtype: torch.dtype) -> None:
     assert_rounded_once(ours, twin.conv3x3(x.float(), weight.float(), given), dtype)
 
 
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_conv3x3_padded(splits: int, with_residual: bool, dtype: torch.dtype) -> None:
+    """Two images, so that one's border lies beside the other; 36 filters in tiles of 32."""
+    x, weight = randn(2, 5, 7, 64, dtype=dtype), randn(36, 3, 3, 64, dtype=dtype)
+    residual = 10.0 * randn(2, 5, 7, 36, dtype=dtype) if with_residual else None
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 1, 0, 1))
+    tile = ConvTile(32, 32, 32, splits=splits, warps=4)
+    ours = unet_ops.conv3x3_padded(padded, weight, residual, tile=tile, backend="triton")
+    given = None if residual is None else residual.float()
+    assert_rounded_once(ours, twin.conv3x3(x.float(), weight.float(), given), dtype)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_group_norm_writes_the_margin(splits: int) -> None:
+    parts, weight, bias = group_norm_case((8, 12), n_rows=35)
+    options: dict[str, Any] = dict(n_groups=5, eps=1e-5, silu=True, pad_width=7)
+    ours = unet_ops.group_norm(
+        parts, weight, bias, None, splits=splits, backend="triton", **options
+    )
+    expected = twin.group_norm(parts, weight, bias, None, **options)
+    assert ours.shape == (2, 48, 20) and (ours == 0).sum() >= 2 * 13 * 20
+    assert relative_error(ours, expected) < TOLERANCE[torch.float32]
+
+
 def test_conv_tiles_fill_the_gpu() -> None:
     for n_pixels, filters, channels in ((256, 1280, 2560), (1024, 1280, 1280), (16384, 320, 320)):
         tiles = conv_tiles(n_pixels, filters, channels)

@@ -111,7 +111,7 @@ def _statistics(
     return pivot + s1 / n, tl.maximum(s2 - s1 * s1 / n, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_rows", "n_groups", "rows_a_split"))
 def _partial_statistics(
     x: tl.tensor,  # [B, N, c_x]
     skip: tl.tensor,  # [B, N, c_skip] where has_skip
@@ -144,7 +144,7 @@ def _partial_statistics(
     tl.store(at + 1, m2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_rows", "n_groups", "rows_a_split", "width"))
 def _group_norm(
     x: tl.tensor,  # [B, N, c_x]
     skip: tl.tensor,  # [B, N, c_skip] where has_skip
@@ -159,6 +159,7 @@ def _group_norm(
     shift_stride: tl.tensor,
     n_groups: tl.tensor,
     rows_a_split: tl.tensor,
+    width: tl.tensor,  # of the image, where padded
     eps: tl.tensor,
     splits: tl.constexpr,
     splits_pad: tl.constexpr,
@@ -168,6 +169,7 @@ def _group_norm(
     has_skip: tl.constexpr,
     has_shift: tl.constexpr,
     silu: tl.constexpr,
+    padded: tl.constexpr,
 ) -> None:
     split = tl.program_id(0)
     sample = (tl.program_id(1) // n_groups).to(tl.int64)
@@ -190,6 +192,9 @@ def _group_norm(
         mean = tl.sum(means * counts, 0) / n
         m2 = tl.sum(squares + counts * (means - mean) * (means - mean), 0)
     rstd = 1.0 / tl.sqrt(m2 / n + eps)
+    n_out = n_rows  # of a sample
+    if padded:
+        n_out = (n_rows // width + 1) * (width + 1)
     lanes = tl.arange(0, n_lanes)[:, None]
     for tile in range(start, stop, n_lanes):
         value, at_row, channel, inside = _load(
@@ -201,8 +206,23 @@ def _group_norm(
         y = (value - mean) * (rstd * w) + b
         if silu:
             y = y / (1.0 + tl.exp(-y))
+        if padded:
+            row = at_row - sample * n_rows
+            at_row = sample * n_out + row + row // width  # one more a line
         where = out + at_row * (c_x + c_skip) + channel
         tl.store(where, y.to(out.dtype.element_ty), mask=inside)
+    if padded and split == 0:  # the last column, then the last line
+        height = n_rows // width
+        for tile in range(0, (height + width + 1) * per, n_lanes):
+            place = tile + lanes
+            row = place // per
+            line = tl.minimum(row, height)
+            row = line * (width + 1) + tl.where(row < height, width, row - height)
+            channel = group * (per * vec) + (place % per) * vec + tl.arange(0, vec)[None, :]
+            inside = (place < (height + width + 1) * per) & (channel >= 0)
+            where = out + (sample * n_out + row) * (c_x + c_skip) + channel
+            zero = tl.zeros([n_lanes, vec], out.dtype.element_ty)
+            tl.store(where, zero, mask=inside)
 
 
 def default_splits(n_programs: int, n_rows: int) -> int:
@@ -224,13 +244,15 @@ def group_norm(
     silu: bool,
     splits: int = 0,  # 0: default_splits
     warps: int = 0,  # of a program; 0: by the size of its share
+    pad_width: int = 0,  # W: put a line and a column of zeros behind each image of N = H W pixels
 ) -> Tensor:
-    """[B, N, C]."""
+    """[B, N, C], or [B, (H + 1) (W + 1), C]."""
     x, skip = parts[0], parts[-1]
     b, n_rows, c_x = x.shape
     c_skip = skip.shape[2] if len(parts) == 2 else 0
     size = (c_x + c_skip) // n_groups  # channels of a group
-    out = x.new_empty((b, n_rows, c_x + c_skip))
+    n_out = (n_rows // pad_width + 1) * (pad_width + 1) if pad_width else n_rows
+    out = x.new_empty((b, n_out, c_x + c_skip))
     if out.numel() == 0:
         return out
     vec = 1
@@ -265,8 +287,8 @@ def group_norm(
                 x, skip, shifts, partial, *sizes, splits=splits, num_warps=warps, **constants
             )
         _group_norm[grid](
-            x, skip, shifts, weight, bias, partial, out, *sizes, eps,
-            splits=splits, splits_pad=triton.next_power_of_2(splits), silu=silu, num_warps=warps,
-            **constants,
+            x, skip, shifts, weight, bias, partial, out, *sizes, max(pad_width, 1), eps,
+            splits=splits, splits_pad=triton.next_power_of_2(splits), silu=silu,
+            padded=pad_width > 0, num_warps=warps, **constants,
         )  # fmt: skip
     return out

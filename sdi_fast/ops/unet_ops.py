@@ -54,9 +54,13 @@ def group_norm(
     silu: bool,
     splits: int = 0,  # programs that share a group; 0: as many as fill the GPU
     warps: int = 0,  # of a program; 0: by its size
+    pad_width: int = 0,  # W: put a line and a column of zeros behind each image of N = H W pixels
     backend: str = "auto",
 ) -> Tensor:
-    """Group norm over N and a group's channels, then SiLU where asked for, [B, N, C]."""
+    """Group norm over N and a group's channels, then SiLU where asked for.
+
+    [B, N, C], or [B, (H + 1) (W + 1), C] as conv3x3_padded takes it.
+    """
     if not 1 <= len(parts) <= 2:
         raise SDIFastError(f"parts: expected 1 or 2 tensors, got {len(parts)}")
     _check("parts[0]", parts[0], (None, None, None))
@@ -70,7 +74,9 @@ def group_norm(
     _check("bias", bias, (c,))
     if shift is not None:
         _check("shift", shift, (1 if shift.shape[0] == 1 else b, c))
-    options = dict(n_groups=n_groups, eps=eps, silu=silu)
+    if pad_width and (pad_width < 0 or n % pad_width):
+        raise SDIFastError(f"pad_width: expected a divisor of {n}, got {pad_width}")
+    options = dict(n_groups=n_groups, eps=eps, silu=silu, pad_width=pad_width)
     if not _use_triton("group_norm", parts[0], backend):
         return reference.group_norm(parts, weight, bias, shift, **options)  # type: ignore[arg-type]
     from ..kernels.group_norm import group_norm as kernel  # here, since Triton is optional
@@ -200,3 +206,41 @@ def conv3x3_tiles(n_pixels: int, n_filters: int, n_channels: int) -> tuple[Any, 
     from ..kernels.conv3x3 import conv_tiles
 
     return conv_tiles(n_pixels, n_filters, n_channels)
+
+
+def conv3x3_padded(
+    x: Tensor,  # [B, H + 1, W + 1, C] with zeros in the last line and column
+    weight: Tensor,  # [F, 3, 3, C]
+    residual: Tensor | None,  # [B, H, W, F]
+    *,
+    tile: Any = None,  # a kernels.conv3x3.ConvTile
+    backend: str = "auto",
+) -> Tensor:
+    """conv3x3 of the image without its zeros, [B, H, W, F]; Triton needs a Hopper GPU or later."""
+    _check("x", x, (None, None, None, None))
+    check_tensor("weight", weight, (None, 3, 3, x.shape[3]), dtype=x.dtype, like=x)
+    if min(x.shape[1:3]) < 2:
+        raise SDIFastError(f"x: expected [B, H + 1, W + 1, C], got {list(x.shape)}")
+    if residual is not None:
+        shape = (x.shape[0], x.shape[1] - 1, x.shape[2] - 1, weight.shape[0])
+        check_tensor("residual", residual, shape, dtype=x.dtype, like=x)
+        residual = residual.contiguous()
+    if not _use_triton("conv3x3_padded", x, backend):
+        return reference.conv3x3_padded(x, weight, residual)
+    block = 64 if tile is None else tile.block_k
+    if x.shape[3] % block:
+        raise SDIFastError(f"x: expected channels in blocks of {block}, got {x.shape[3]}")
+    from ..kernels.conv3x3_padded import conv3x3_padded as kernel
+
+    return kernel(x.contiguous(), weight.contiguous(), residual, tile)
+
+
+def conv3x3_padded_tiles(
+    batch: int, height: int, width: int, n_filters: int, n_channels: int
+) -> tuple[Any, ...]:
+    """Tiles worth measuring for a convolution; () where the device or shape does not allow it."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9:
+        return ()
+    from ..kernels.conv3x3_padded import padded_tiles
+
+    return padded_tiles(batch, height, width, n_filters, n_channels)

@@ -97,9 +97,9 @@ class Forward:
     def _resnet(self, state: State, r: Resnet, skip: Tensor | None = None) -> None:
         layers = self.layers
         parts = [state.x] if skip is None else [state.x, skip]
-        h = layers.conv3x3(layers.group_norm(parts, r.norm1), r.conv1)
-        h = layers.group_norm([h], r.norm2, state.shifts[:, r.time])
-        h = layers.conv3x3(h, r.conv2, None if r.shortcuts else state.x)
+        h = layers.norm_conv(parts, r.norm1, None, r.conv1)
+        residual = None if r.shortcuts else state.x
+        h = layers.norm_conv([h], r.norm2, state.shifts[:, r.time], r.conv2, residual)
         flat = h.view(-1, h.shape[-1])
         for part, weight in zip(parts, r.shortcuts, strict=bool(r.shortcuts)):
             # h is this function's own: the residual is added into it

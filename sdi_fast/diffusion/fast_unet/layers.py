@@ -26,6 +26,7 @@ SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+PADDED_BLOCK = 64  # conv3x3_padded takes channels in blocks of this many
 Candidates = dict[str, Callable[[], Tensor]]
 MEASURED_SDPA = ("cudnn", "flash", "efficient")
 
@@ -51,8 +52,10 @@ class Layers:
         shift: Tensor | None = None,  # [B, C], in place of the norm's own
         *,
         silu: bool = True,
-    ) -> Tensor:  # [B, H, W, C]
+        padded: bool = False,  # with a line and a column of zeros behind, for conv3x3_padded
+    ) -> Tensor:  # [B, H, W, C], or [B, H + 1, W + 1, C]
         b, h, w, _ = parts[0].shape
+        shape = (b, h + padded, w + padded, -1)
         run = functools.partial(
             unet_ops.group_norm,
             [part.reshape(b, h * w, -1) for part in parts],
@@ -62,6 +65,7 @@ class Layers:
             n_groups=norm.n_groups,
             eps=norm.eps,
             silu=silu,
+            pad_width=w if padded else 0,
             backend=self.backend,
         )
         if self.options.norms == "measured" and not self.plain:
@@ -70,9 +74,9 @@ class Layers:
                 for warps in (4, 8, 16, 32) if h * w >= 32 * splits else ():
                     name = f"{splits} splits, {warps} warps"
                     candidates[name] = functools.partial(run, splits=splits, warps=warps)
-            key = (*_key("group_norm", *parts), silu)
-            return self.choices.pick(key, candidates, parts).view(b, h, w, -1)
-        return run().view(b, h, w, -1)
+            key = (*_key("group_norm", *parts), silu, padded)
+            return self.choices.pick(key, candidates, parts).view(shape)
+        return run().view(shape)
 
     def layer_norm(self, x: Tensor, norm: Norm) -> Tensor:  # [M, C]
         return unet_ops.layer_norm(
@@ -123,27 +127,44 @@ class Layers:
         out = F.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=padding)
         return out.permute(0, 2, 3, 1).contiguous()
 
-    def conv3x3(self, x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-        """A 3 x 3 convolution of stride 1 and the residual, by whatever is chosen for its shape."""
+    def norm_conv(
+        self,
+        parts: Sequence[Tensor],  # [B, H, W, C_i]
+        norm: Norm,
+        shift: Tensor | None,  # [B, C], in place of the norm's own
+        weight: Tensor,  # [F, C, 3, 3] channels_last
+        residual: Tensor | None = None,  # [B, H, W, F]
+    ) -> Tensor:
+        """conv(silu(group_norm)) + residual, [B, H, W, F], by whatever is chosen for the shape."""
 
         def library() -> Tensor:
-            out = self.conv(x, weight)
+            out = self.conv(self.group_norm(parts, norm, shift), weight)
             return out if residual is None else out.add_(residual)
 
-        def ours(tile: Any = None) -> Tensor:
-            return unet_ops.conv3x3(
-                x, weight.permute(0, 2, 3, 1), residual, tile=tile, backend=self.backend
-            )
+        def pointers(tile: Any = None) -> Tensor:
+            x = self.group_norm(parts, norm, shift)
+            return unet_ops.conv3x3(x, filters, residual, tile=tile, backend=self.backend)
+
+        def padded(tile: Any = None) -> Tensor:
+            x = self.group_norm(parts, norm, shift, padded=True)
+            return unet_ops.conv3x3_padded(x, filters, residual, tile=tile, backend=self.backend)
 
         how = self.options.conv
-        if how == "cudnn" or self.plain:
+        f, c = weight.shape[:2]
+        if how == "cudnn" or self.plain or (how == "padded" and c % PADDED_BLOCK):
             return library()
-        candidates: Candidates = {"triton": ours} if how == "triton" else {"cudnn": library}
-        b, h, w, c = x.shape
-        for tile in unet_ops.conv3x3_tiles(b * h * w, weight.shape[0], c):
-            candidates[str(tile)] = functools.partial(ours, tile)
-        key = (*_key("conv", x, weight), residual is not None)
-        return self.choices.pick(key, candidates, [x])
+        filters = weight.permute(0, 2, 3, 1)
+        b, h, w, _ = parts[0].shape
+        first = {"measured": library, "triton": pointers, "padded": padded}[how]
+        candidates: Candidates = {how: first}
+        if how in ("measured", "triton"):
+            for tile in unet_ops.conv3x3_tiles(b * h * w, f, c):
+                candidates[f"triton {tile}"] = functools.partial(pointers, tile)
+        if how in ("measured", "padded"):
+            for tile in unet_ops.conv3x3_padded_tiles(b, h, w, f, c):
+                candidates[f"padded {tile}"] = functools.partial(padded, tile)
+        key = (*_key("conv", *parts, weight), residual is not None)
+        return self.choices.pick(key, candidates, parts)
 
     def resample(self, x: Tensor, sampler: Resample) -> Tensor:
         x = x + sampler.shift  # before the zeros of the padding

@@ -10,7 +10,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("eager", "compile"),
     "kernels": ("auto", "triton", "reference"),
     "attention": ("measured", "default", "flash", "cudnn", "efficient", "math"),
-    "conv": ("cudnn", "measured", "triton"),
+    "conv": ("cudnn", "measured", "triton", "padded"),
     "geglu": ("separate", "measured", "fused"),
     "norms": ("auto", "measured"),
     "upsample": ("phase", "nearest"),
@@ -25,7 +25,7 @@ class FastUNetOptions:
     compile_mode: str | None = None  # torch.compile's mode
     kernels: str = "auto"  # norms, GEGLU and interleaving; in compile mode "auto" is "reference"
     attention: str = "measured"  # backend of scaled_dot_product_attention
-    conv: str = "cudnn"  # 3 x 3 convolutions of stride 1
+    conv: str = "cudnn"  # the resnets' convolutions; "padded": Hopper's copy engine
     geglu: str = "separate"  # after the matrix product, or inside of it
     norms: str = "auto"  # how many programs share a group of a group norm, and their size
     upsample: str = "phase"  # 4 convolutions of 2 x 2 taps in place of 9 taps on the large image
