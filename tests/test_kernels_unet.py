@@ -135,11 +135,12 @@ def assert_rounded_once(ours: Tensor, expected: Tensor, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize("shape", [(1, 16, 2), (70, 72, 6), (33, 40, 160)])  # M, K, 2 F
-def test_linear_geglu(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("tma", [False, True])
+def test_linear_geglu(shape: tuple[int, int, int], dtype: torch.dtype, tma: bool) -> None:
     """Sizes that are no multiples of the tile; the inner one below and above its 32."""
     m, k, f2 = shape
     x, weight, bias = randn(m, k, dtype=dtype), randn(f2, k, dtype=dtype), randn(f2)
-    tile = Tile(32, 32, 32, warps=4)
+    tile = Tile(32, 32, 32, warps=4, tma=tma)
     ours = unet_ops.linear_geglu(x, weight, bias, tile=tile, backend="triton")
     expected = twin.linear_geglu(x.float(), weight.float(), bias)
     assert_rounded_once(ours, expected, dtype)

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .geglu import gelu
 
@@ -31,9 +32,14 @@ class Tile:
     block_k: int = 64
     warps: int = 8
     stages: int = 3
+    tma: bool = False  # tiles come by Hopper's copy engine rather than by threads' addresses
 
 
 TILES = (
+    Tile(128, 128, tma=True),
+    Tile(128, 128, stages=4, tma=True),
+    Tile(128, 64, warps=4, stages=4, tma=True),
+    Tile(64, 128, warps=4, stages=4, tma=True),
     Tile(128, 128),
     Tile(128, 128, stages=4),
     Tile(128, 64, warps=4, stages=4),
@@ -51,6 +57,27 @@ def tile_of(program: tl.tensor, n_m: tl.tensor, n_n: tl.tensor, group_m: tl.cons
     height = tl.minimum(n_m - first, group_m)
     inside = program - band * (group_m * n_n)
     return first + inside % height, inside // height
+
+
+@triton.jit
+def _finish(
+    value: tl.tensor,  # [block_m, block_n] f32
+    gate: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    n_rows: tl.tensor,
+    n_columns: tl.tensor,
+    row: tl.tensor,  # [block_m]
+    column: tl.tensor,  # [block_n]
+) -> None:
+    """Biases, gate, store."""
+    real = column < n_columns
+    value += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)[None, :]
+    gate += tl.load(bias + n_columns + column, mask=real, other=0.0).to(tl.float32)[None, :]
+    y = value * gelu(gate)
+    at = out + row.to(tl.int64)[:, None] * n_columns + column[None, :]
+    inside = (row < n_rows)[:, None] & real[None, :]
+    tl.store(at, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=("n_rows",))
@@ -93,13 +120,37 @@ def _linear_geglu(
             g = tl.load(gates + start, mask=real[:, None], other=0.0)
         value = tl.dot(a, v, value, input_precision=precision)
         gate = tl.dot(a, g, gate, input_precision=precision)
-    real = column < n_columns
-    value += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)[None, :]
-    gate += tl.load(bias + n_columns + column, mask=real, other=0.0).to(tl.float32)[None, :]
-    y = value * gelu(gate)
-    at = out + row.to(tl.int64)[:, None] * n_columns + column[None, :]
-    inside = (row < n_rows)[:, None] & real[None, :]
-    tl.store(at, y.to(out.dtype.element_ty), mask=inside)
+    _finish(value, gate, bias, out, n_rows, n_columns, row, column)
+
+
+@triton.jit(do_not_specialize=("n_rows",))
+def _linear_geglu_tma(
+    x: tl.tensor,  # descriptor of [M, K]
+    weight: tl.tensor,  # descriptor of [2 F, K]
+    bias: tl.tensor,  # [2 F]
+    out: tl.tensor,  # [M, F]
+    n_rows: tl.tensor,  # M
+    n_columns: tl.tensor,  # F
+    n_inner: tl.tensor,  # K
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_k: tl.constexpr,
+    group_m: tl.constexpr,
+    precision: tl.constexpr,
+) -> None:
+    n_m, n_n = tl.cdiv(n_rows, block_m), tl.cdiv(n_columns, block_n)
+    m, n = tile_of(tl.program_id(0), n_m, n_n, group_m)
+    value = tl.zeros([block_m, block_n], tl.float32)
+    gate = tl.zeros([block_m, block_n], tl.float32)
+    for start in range(0, n_inner, block_k):  # zeros come from beyond the ends
+        a = x.load([m * block_m, start])
+        v = weight.load([n * block_n, start])
+        g = weight.load([n_columns + n * block_n, start])
+        value = tl.dot(a, v.T, value, input_precision=precision)
+        gate = tl.dot(a, g.T, gate, input_precision=precision)
+    row = m * block_m + tl.arange(0, block_m)
+    column = n * block_n + tl.arange(0, block_n)
+    _finish(value, gate, bias, out, n_rows, n_columns, row, column)
 
 
 def linear_geglu(
@@ -109,19 +160,29 @@ def linear_geglu(
     tile: Tile | None = None,
 ) -> Tensor:
     """[M, F]."""
-    tile = tile or TILES[0]
+    tile = tile or Tile(128, 128)
     n_rows, n_inner = x.shape
     n_columns = weight.shape[0] // 2
     out = x.new_empty((n_rows, n_columns))
     if out.numel() == 0:
         return out
     grid = (triton.cdiv(n_rows, tile.block_m) * triton.cdiv(n_columns, tile.block_n),)
+    sizes = (n_rows, n_columns, n_inner)
+    common = dict(
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        block_k=tile.block_k,
+        group_m=GROUP_M,
+        precision="ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     with torch.cuda.device_of(x):
-        _linear_geglu[grid](
-            x, weight, bias, out, n_rows, n_columns, n_inner,
-            block_m=tile.block_m, block_n=tile.block_n, block_k=tile.block_k, group_m=GROUP_M,
-            even_k=n_inner % tile.block_k == 0,
-            precision="ieee" if x.dtype == torch.float32 else "tf32",
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        if tile.tma:
+            left = TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k])
+            right = TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k])
+            _linear_geglu_tma[grid](left, right, bias, out, *sizes, **common)
+        else:
+            even = n_inner % tile.block_k == 0
+            _linear_geglu[grid](x, weight, bias, out, *sizes, even_k=even, **common)
     return out

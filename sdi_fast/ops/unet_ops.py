@@ -28,6 +28,12 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _has_copy_engine() -> bool:
+    """TMA: Hopper and later."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+
+
 def _use_triton(op: str, x: Tensor, backend: str) -> bool:
     if backend == "auto":
         return x.is_cuda and _has_triton()
@@ -173,10 +179,10 @@ def linear_geglu(
 
 
 def linear_geglu_tiles() -> tuple[Any, ...]:
-    """Tiles worth measuring."""
+    """Tiles worth measuring on this machine."""
     from ..kernels.linear_geglu import TILES
 
-    return TILES
+    return tuple(tile for tile in TILES if not tile.tma or _has_copy_engine())
 
 
 def conv3x3(
@@ -239,7 +245,7 @@ def conv3x3_padded_tiles(
     batch: int, height: int, width: int, n_filters: int, n_channels: int
 ) -> tuple[Any, ...]:
     """Tiles worth measuring for a convolution; () where the device or shape does not allow it."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9:
+    if not _has_copy_engine():
         return ()
     from ..kernels.conv3x3_padded import padded_tiles
 
