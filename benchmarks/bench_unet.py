@@ -4,7 +4,8 @@
 
 Random weights; 64 x 64 latents; 77 tokens; 0.804 TFLOP a sample. Every candidate's output is
 compared with f32 before it is timed, and ours with its own eager result after capture. "shared"
-is ours where all rows are conditions of one latent, as guidance asks for them. A call's peak is
+is ours where all rows are conditions of one latent, as guidance asks for them; "tuned" measures
+every choice among kernels first, which takes about two minutes at the first shape. A call's peak is
 what it allocates beyond the weights.
 """
 
@@ -15,12 +16,14 @@ import copy
 import dataclasses
 import gc
 import json
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from harness import compare, report
+from harness import RESULTS, compare, report
 from torch import Tensor, nn
 
 from sdi_fast.diffusion.fast_unet import CapturedUNet, FastUNet, FastUNetOptions
@@ -42,8 +45,10 @@ SD21_BASE: dict[str, Any] = dict(
 )
 CANDIDATES = (
     "diffusers", "diffusers-nhwc-graph", "diffusers-compile-graph",
-    "ours", "ours-graph", "ours-graph-shared", "ours-compile-graph",
+    "ours", "ours-graph", "ours-graph-shared", "ours-tuned-graph", "ours-tuned-graph-shared",
+    "ours-compile-graph",
 )  # fmt: skip
+TUNED = dict(conv="measured", geglu="measured", norms="measured", attention="measured")
 ERROR_FACTOR = 2.0  # times diffusers' own error at the same precision (style.md 4)
 
 
@@ -136,9 +141,13 @@ class Models:
     def compiled(self) -> Any:
         return self.get("compiled", lambda: torch.compile(self.nhwc(), dynamic=False))
 
-    def fast(self, mode: str) -> FastUNet:
-        options = dataclasses.replace(self.args.options, mode=mode)
-        return self.get(f"fast {mode}", lambda: FastUNet(self.plain(), options))
+    def fast(self, kind: str) -> FastUNet:
+        """`kind`: "eager", "tuned" or "compile"."""
+        changes: dict[str, Any] = {"mode": "compile"} if kind == "compile" else {}
+        if kind == "tuned":
+            changes = TUNED
+        options = dataclasses.replace(self.args.options, **changes)
+        return self.get(f"fast {kind}", lambda: FastUNet(self.plain(), options))
 
 
 def diffusers_call(models: Models, unet: Any, given: Inputs) -> Callable[[], Tensor]:
@@ -163,7 +172,8 @@ def candidate(models: Models, name: str, given: Inputs) -> Callable[[], Tensor]:
     if name == "diffusers-compile-graph":
         with cudnn_benchmark():
             return capture(diffusers_call(models, models.compiled(), given))
-    fast = models.fast("compile" if "compile" in name else "eager")
+    kinds = [kind for kind in ("compile", "tuned") if kind in name]
+    fast = models.fast(kinds[0] if kinds else "eager")
     cache = fast.prepare(given.context)
     x, t = (given.x[:1], given.t[:1]) if "shared" in name else (given.x, given.t)
     if name == "ours":
@@ -212,24 +222,26 @@ def run_batch(models: Models, batch: int, peak_tflops: float) -> None:
             ]
         )
     names = [n for n in CANDIDATES if n == "diffusers" or n in args.only]
-    calls, errors, peaks = [], {}, {}
+    calls, errors, peaks, left_out = [], {}, {}, {}
     for name in names:
         try:
+            begin = time.perf_counter()
             call = candidate(models, name, given)
+            print(f"  {name}: ready after {time.perf_counter() - begin:.1f} s", flush=True)
+            gc.collect()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            errors[name] = error_of(call(), exact)
+            peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            if name.startswith("ours") and not errors[name] <= ERROR_FACTOR * errors["diffusers"]:
+                raise AssertionError(
+                    f"error {errors[name]:.2e}, allowed {ERROR_FACTOR} x {errors['diffusers']:.2e}"
+                )
         except Exception as error:  # one candidate that fails must not cost the others' numbers
-            print(f"  {name}: left out, {type(error).__name__}: {str(error)[:300]}")
+            left_out[name] = f"{type(error).__name__}: {str(error)[:300]}"
+            print(f"  {name}: left out, {left_out[name]}", flush=True)
             continue
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        errors[name] = error_of(call(), exact)
-        peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        if name.startswith("ours") and not errors[name] <= ERROR_FACTOR * errors["diffusers"]:
-            raise AssertionError(
-                f"{name}: error {errors[name]:.2e}, allowed {ERROR_FACTOR} times "
-                f"{errors['diffusers']:.2e}"
-            )
         calls.append((name, call))
     timings = compare(calls, rounds=args.rounds, warmup=3)
     rates = {t.name: TFLOP_A_SAMPLE * batch / t.median_ms * 1e3 for t in timings}
@@ -241,6 +253,7 @@ def run_batch(models: Models, batch: int, peak_tflops: float) -> None:
         "relative_error": {n: float(f"{e:.3g}") for n, e in errors.items()},
         "peak_mib_of_a_call": {n: round(p, 1) for n, p in peaks.items()},  # 0 in a graph's pool
         "options": dataclasses.asdict(args.options),
+        "left_out": left_out,
     }
     report(f"{args.name}_batch{batch}", timings, extra)
 
@@ -265,13 +278,12 @@ def group_of(kernel: str) -> str:
     return "other"
 
 
-def profile(models: Models, batch: int, top: int = 25) -> None:
+def profile(fast: FastUNet, what: str, batch: int, top: int = 25) -> None:
     """Our kernels by time, in one eager call."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
 
     given = Inputs.make(batch)
-    fast = models.fast("eager")
     cache = fast.prepare(given.context)
     fast.warm_up(given.x, given.t, cache)
     torch.cuda.synchronize()
@@ -282,7 +294,7 @@ def profile(models: Models, batch: int, top: int = 25) -> None:
     rows.sort(key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in rows)
     n_kernels = sum(e.count for e in rows)
-    print(f"profile of ours at batch {batch}: {total / 1e3:.2f} ms in {n_kernels} kernels")
+    print(f"profile of {what} at batch {batch}: {total / 1e3:.2f} ms in {n_kernels} kernels")
     groups: dict[str, list[float]] = {}
     for event in rows:
         entry = groups.setdefault(group_of(event.key), [0.0, 0])
@@ -296,7 +308,20 @@ def profile(models: Models, batch: int, top: int = 25) -> None:
             f"  {time_us / 1e3:8.3f} ms {time_us / total:6.1%} {event.count:4d} x "
             f"{time_us / event.count:7.1f} us  {event.key[:110]}"
         )
-    print("choices: " + json.dumps(fast.choices.summary(), indent=1))
+
+
+def show_choices(fast: FastUNet, path: Path) -> None:
+    """The chosen candidate against the first of each shape; all of them into a file."""
+    summary = fast.choices.summary()
+    for key, entry in summary.items():
+        times = entry["us"]
+        first = next(iter(times))
+        failed = f", {len(entry['failed'])} failed" if "failed" in entry else ""
+        print(
+            f"  {times[entry['chosen']]:8.1f} us {entry['chosen']:<28} "
+            f"{first} {times[first]:.1f} us{failed}  {key[:90]}"
+        )
+    path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 def main(args: Args) -> None:
@@ -312,8 +337,12 @@ def main(args: Args) -> None:
         run_batch(models, batch, peak_tflops)
         gc.collect()
         torch.cuda.empty_cache()
-    if args.profile and any(name.startswith("ours") for name in args.only):
-        profile(models, min(args.batches, key=lambda b: abs(b - 4)))
+    batch = min(args.batches, key=lambda b: abs(b - 4))
+    for what in ("eager", "tuned"):
+        if args.profile and f"fast {what}" in models.made:
+            fast = models.fast(what)
+            profile(fast, what, batch)
+            show_choices(fast, RESULTS / f"{args.name}_choices_{what}.json")
 
 
 if __name__ == "__main__":

@@ -322,6 +322,8 @@ def test_choices_take_the_fastest_that_runs(monkeypatch: pytest.MonkeyPatch) -> 
     class Clock:
         """Each candidate's result is its time; nothing takes 1."""
 
+        def __init__(self, device: torch.device) -> None: ...
+
         def measure(self, function: Any, warm: Any) -> float:
             result = function()
             return 1.0 if result is None else 1.0 + float(result)
@@ -332,14 +334,14 @@ def test_choices_take_the_fastest_that_runs(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("sdi_fast.diffusion.fast_unet.choices.Timer", Clock)
     choices = Choices()
     candidates = {"slow": lambda: torch.tensor(3.0), "fast": lambda: torch.tensor(2.0)}
-    choices.start()
+    choices.start(torch.device("cpu"))
     assert choices.pick("key", {"broken": broken, **candidates}) == 2.0
     choices.stop()
     assert choices.pick("key", candidates) == 2.0, "what was measured is kept"
     summary = choices.summary()["key"]
     assert summary["chosen"] == "fast" and summary["us"] == {"slow": 3.0, "fast": 2.0}
     assert "no kernel" in summary["failed"]["broken"]
-    choices.start()
+    choices.start(torch.device("cpu"))
     with pytest.raises(RuntimeError, match="no candidate"):
         choices.pick("other", {"broken": broken, "too": broken})
 
@@ -351,8 +353,10 @@ def full_size(dtype: torch.dtype) -> Any:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("geglu", ["separate", "measured", "fused"])
-@pytest.mark.parametrize("conv", ["cudnn", "measured", "triton", "padded"])
+@pytest.mark.parametrize(
+    ("geglu", "conv"),
+    [("separate", "cudnn"), ("fused", "padded"), ("measured", "measured")],  # the last: minutes
+)
 def test_half_precision_rule_at_full_size(geglu: str, conv: str) -> None:
     unet = full_size(torch.float16)
     x, t = torch.randn(1, 4, 64, 64, device="cuda"), torch.tensor([-99], device="cuda")

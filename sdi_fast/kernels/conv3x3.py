@@ -39,6 +39,10 @@ class ConvTile:
     warps: int = 8
     stages: int = 3
 
+    def __str__(self) -> str:
+        size = f"{self.block_m}x{self.block_n}x{self.block_k}/{self.splits}"
+        return f"{size} {self.warps} warps {self.stages} stages"
+
 
 SHAPES = (
     ConvTile(128, 256, stages=3),

@@ -34,6 +34,10 @@ class Tile:
     stages: int = 3
     tma: bool = False  # tiles come by Hopper's copy engine rather than by threads' addresses
 
+    def __str__(self) -> str:
+        size = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return f"{size} {self.warps} warps {self.stages} stages{' TMA' if self.tma else ''}"
+
 
 TILES = (
     Tile(128, 128, tma=True),

@@ -21,9 +21,9 @@ class Choices:
         self.failures: dict[Hashable, dict[str, str]] = {}
         self.timer: Timer | None = None
 
-    def start(self) -> None:
+    def start(self, device: torch.device) -> None:
         """From here on new keys are measured."""
-        self.timer = Timer()
+        self.timer = Timer(device)
 
     def stop(self) -> None:
         self.timer = None
@@ -81,9 +81,9 @@ class Timer:
     been flushed and the warm inputs have been read again.
     """
 
-    def __init__(self) -> None:
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-        self.stream = torch.cuda.Stream()
+    def __init__(self, device: torch.device) -> None:
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+        self.stream = torch.cuda.Stream(device)
         self.last: torch.cuda.CUDAGraph | None = None  # keeps the graphs' shared memory alive
 
     def measure(self, function: Callable[[], Any], warm: Sequence[Tensor]) -> float:

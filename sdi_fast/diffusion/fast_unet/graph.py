@@ -53,15 +53,15 @@ class CapturedUNet:
         return self.graph.pool()
 
     def _capture(self, pool: Any) -> Tensor:
-        main, side = torch.cuda.current_stream(self.unet.device), torch.cuda.Stream()
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            for _ in range(N_WARM_UP):
-                self.unet.warm_up(self.x, self.t, self.cache)
-        main.wait_stream(side)
-        with torch.cuda.graph(self.graph, pool=pool, stream=side):
-            out = self.unet.predict_prepared(self.x, self.t, self.cache)
-        return out
+        with torch.cuda.device(self.unet.device):
+            main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                for _ in range(N_WARM_UP):
+                    self.unet.warm_up(self.x, self.t, self.cache)
+            main.wait_stream(side)
+            with torch.cuda.graph(self.graph, pool=pool, stream=side):
+                return self.unet.predict_prepared(self.x, self.t, self.cache)
 
     def replay(self) -> Tensor:
         """`out` for what x, t and the cache now hold."""

@@ -122,7 +122,7 @@ class FastUNet:
         self.n_calls += 1
         if not x.is_cuda:
             return self._forward(x, t, cache.projected)
-        with self._cudnn_benchmark():
+        with torch.cuda.device(x.device), self._cudnn_benchmark():
             return self._forward(x, t, cache.projected)
 
     @contextlib.contextmanager
@@ -154,7 +154,7 @@ class FastUNet:
     ) -> None:
         """Makes the choices by measurement for these shapes and compiles what needs compiling."""
         if x.is_cuda and self.options.mode == "eager":
-            self.choices.start()
+            self.choices.start(x.device)
         try:
             self.predict_prepared(x, t, cache)
         finally:
