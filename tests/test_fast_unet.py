@@ -107,7 +107,7 @@ def inputs(
     return x, t, context
 
 
-@pytest.mark.parametrize("upsample", ["phase", "nearest"])
+@pytest.mark.parametrize("upsample", ["phase", "nearest", "measured"])
 def test_agrees_with_diffusers(unet: Any, upsample: str) -> None:
     x, t, context = inputs(unet, 3, 1)
     fast = FastUNet(unet, FastUNetOptions(upsample=upsample))
@@ -284,6 +284,7 @@ def test_wrong_arguments_are_named(small: Any) -> None:
         "context: expected shape": lambda: fast.prepare(context[..., :5]),
         "context: expected a multiple": lambda: fast.predict(x, t, context[:1]),
         "in the cache": lambda: fast.prepare(context[:, :3], cache),
+        "kernels: .*compiler": lambda: FastUNetOptions(mode="compile", kernels="triton"),
         "attention: expected": lambda: FastUNetOptions(attention="fast"),
         "on a GPU to capture": lambda: CapturedUNet(fast, 2, (16, 16), cache),
         "kind: expected": lambda: make_denoiser(small, "fastest"),

@@ -6,8 +6,8 @@ x is [B, H + 1, W + 1, C] with zeros in the last row and column, as group_norm w
 In its flat list of pixels the neighbour of every pixel lies at a constant distance: one to the left
 of a row's first pixel is the zero that ends the row before, and one above an image the row that
 ends the image before. What lies before the first image is out of the copy engine's bounds and read
-as zero. So a tap's side of the product is a plain tile of [block_m, block_k], copied without a
-thread computing an address: what csrc-like pointer code (conv3x3.py) spends most instructions on.
+as zero. So each step of a tap is a plain tile of [block_m, block_k], copied without a thread that
+computes addresses and masks, as conv3x3.py has to.
 
 Mapping, splits and precision as in conv3x3.py. The zeros' results are computed and not stored: 3%
 more work at 64 x 64, 6% at 32 x 32, 13% at 16 x 16, 27% at 8 x 8.

@@ -10,7 +10,8 @@ Mapping: one program a (sample, group) where there are enough of these to fill t
 rows for the statistics and again, from L1 or L2, to write. A group's channels in a row are few
 (10 to 80), so that the lanes run over the group's elements, vec neighbouring channels each, and no
 lane is idle. With splits > 1 that many programs share a group: a first kernel leaves mean and
-sum of squares of each share, and the second combines them (Chan) and writes.
+sum of squares of each share, and the second combines them (Chan) and writes. On demand images get
+a line and a column of zeros behind them, which conv3x3_padded.py wants.
 
 Precision: statistics in f32, about a pivot, the mean of the first tile, so that a mean much larger
 than the deviation does not cancel. Bytes per element in f16: 2 read from memory, 2 from the cache,

@@ -168,11 +168,20 @@ class Layers:
 
     def resample(self, x: Tensor, sampler: Resample) -> Tensor:
         x = x + sampler.shift  # before the zeros of the padding
-        if sampler.kind == "down":
-            return self.conv(x, sampler.weight, stride=2)
-        if sampler.kind == "phase":
-            phases = self.conv(x, sampler.weight)
-            return unet_ops.interleave_phases(phases, backend=self.backend)
+        weight, phases = sampler.weight, sampler.phases
+        if weight is not None and sampler.stride == 2:
+            return self.conv(x, weight, stride=2)
+        candidates: Candidates = {}
+        if phases is not None:
+            candidates["phase"] = functools.partial(self._upsample_phases, x, phases)
+        if weight is not None:
+            candidates["nearest"] = functools.partial(self._upsample_nearest, x, weight)
+        return self.choices.pick(_key("upsample", x), candidates, [x])
+
+    def _upsample_phases(self, x: Tensor, phases: Tensor) -> Tensor:
+        return unet_ops.interleave_phases(self.conv(x, phases), backend=self.backend)
+
+    def _upsample_nearest(self, x: Tensor, weight: Tensor) -> Tensor:
         b, h, w, c = x.shape
         tall = x[:, :, None, :, None].expand(b, h, 2, w, 2, c)
-        return self.conv(tall.reshape(b, 2 * h, 2 * w, c), sampler.weight)
+        return self.conv(tall.reshape(b, 2 * h, 2 * w, c), weight)

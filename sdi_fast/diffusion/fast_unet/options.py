@@ -13,7 +13,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "conv": ("cudnn", "measured", "triton", "padded"),
     "geglu": ("separate", "measured", "fused"),
     "norms": ("auto", "measured"),
-    "upsample": ("phase", "nearest"),
+    "upsample": ("phase", "nearest", "measured"),
 }
 
 
@@ -40,3 +40,8 @@ class FastUNetOptions:
             value = getattr(self, field.name)
             if allowed is not None and value not in allowed:
                 raise SDIFastError(f"{field.name}: expected {', '.join(allowed)}, got {value!r}")
+        if self.mode == "compile" and self.kernels == "triton":
+            raise SDIFastError(
+                'kernels: expected "auto" or "reference" with mode = "compile", whose compiler '
+                'fuses on its own, got "triton"'
+            )

@@ -70,9 +70,10 @@ class Transformer:
 class Resample:
     """A convolution that halves or doubles the size."""
 
-    weight: Tensor  # [C_out, C_in, 3, 3], or [4 C_out, C_in, 2, 2] of phases, channels_last
     shift: Tensor  # [C_in] in the module's dtype: still to be added to the input
-    kind: str  # "down", "nearest" or "phase"
+    stride: int
+    weight: Tensor | None  # [C_out, C_in, 3, 3] channels_last
+    phases: Tensor | None  # [4 C_out, C_in, 2, 2] channels_last: see phase_weights
 
 
 @dataclass(frozen=True)
@@ -234,11 +235,17 @@ class Packer:
         proj_in, proj_out = self.linear(t.proj_in.weight), self.linear(weight)
         return Transformer(norm, proj_in, tuple(blocks), proj_out), out_shift
 
-    def resample(self, sampler: Any, shift: Shift, kind: str) -> tuple[Resample, Shift]:
-        conv = sampler.conv
-        weight = phase_weights(conv.weight.detach()) if kind == "phase" else conv.weight
-        packed = Resample(self.conv(weight), shift.to(self.dtype), kind)
-        return packed, _value(conv.bias, conv.weight)
+    def resample(self, sampler: Any, shift: Shift, stride: int) -> tuple[Resample, Shift]:
+        weight, bias = sampler.conv.weight, sampler.conv.bias
+        plain = stride == 2 or self.upsample in ("nearest", "measured")
+        phases = stride == 1 and self.upsample in ("phase", "measured")
+        packed = Resample(
+            shift=shift.to(self.dtype),
+            stride=stride,
+            weight=self.conv(weight) if plain else None,
+            phases=self.conv(phase_weights(weight.detach())) if phases else None,
+        )
+        return packed, _value(bias, weight)
 
     def down(self, shift: Shift) -> tuple[tuple[Level, ...], list[Shift], Shift]:
         """Levels, the skip connections' shifts, the last one's shift."""
@@ -253,7 +260,7 @@ class Packer:
                     transformers.append(attention)
                 stack.append(shift)
             if block.downsamplers is not None:
-                resample, shift = self.resample(block.downsamplers[0], shift, "down")
+                resample, shift = self.resample(block.downsamplers[0], shift, 2)
                 stack.append(shift)
             levels.append(Level(tuple(resnets), tuple(transformers), resample))
         return tuple(levels), stack, shift
@@ -280,7 +287,7 @@ class Packer:
                     attention, shift = self.transformer(block.attentions[i], shift)
                     transformers.append(attention)
             if block.upsamplers is not None:
-                resample, shift = self.resample(block.upsamplers[0], shift, self.upsample)
+                resample, shift = self.resample(block.upsamplers[0], shift, 1)
             levels.append(Level(tuple(resnets), tuple(transformers), resample))
         return tuple(levels), shift
 
