@@ -19,6 +19,7 @@ from torch import Tensor
 from sdi_fast.config import GuidanceConfig
 from sdi_fast.constants import VIEW_NAMES
 from sdi_fast.diffusion.denoiser import Denoiser
+from sdi_fast.diffusion.fast_unet import FastUNet
 from sdi_fast.diffusion.prompt import Condition, PromptEmbeddings
 from sdi_fast.diffusion.schedule import DDIMSchedule, delta_from_uniform
 from sdi_fast.guidance import SDI, GuidanceOutput
@@ -125,6 +126,23 @@ def test_a_single_sample_agrees_with_the_official_code(
     n_rows = 4 if case["perp_neg"] else 2
     assert all(ts == [ts[0]] * n_rows for ts in calls)
     assert output.n_unet_calls == len(case["unet_timesteps"])
+
+
+@pytest.mark.parametrize("i", [0, 1, 2], ids=["12 calls", "plain", "Perp-Neg"])
+def test_the_fast_unet_agrees_with_the_official_code(
+    model, prompts, golden_guidance, golden_guidance_cases, i
+):
+    class Recording(FastUNet):
+        seen: list[Any] = []
+
+    fast = SimpleNamespace(schedule=model.schedule, denoiser=Recording(model.denoiser.unet))
+    output = run(fast, prompts, golden_guidance, golden_guidance_cases, (i,))
+    errors = {
+        name: relative_error(getattr(output, name), golden_guidance[f"case{i}.{name}"])
+        for name in CHECKED
+    }
+    assert max(errors.values()) < TOLERANCE, errors
+    assert fast.denoiser.n_calls == output.n_unet_calls
 
 
 @pytest.mark.parametrize("i", CASES)

@@ -11,6 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..types import SDIFastError
+from .fast_unet import FastUNet, FastUNetOptions, GraphedUNet
+
+KINDS = ("diffusers", "fast", "auto")
+
 
 class DenoiserLike(Protocol):
     """What guidance needs of a denoiser."""
@@ -58,3 +63,31 @@ class Denoiser:
             x.to(dtype), t, encoder_hidden_states=context.to(dtype), return_dict=False
         )[0]
         return output.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def make_denoiser(
+    unet: Any,
+    kind: str = "diffusers",
+    options: FastUNetOptions | None = None,  # of the fast one
+) -> Denoiser | FastUNet | GraphedUNet:
+    """A denoiser around a UNet2DConditionModel that is already on its device and in its dtype.
+
+    Args:
+        kind: "diffusers"; "fast", the model on packed weights, captured in graphs on a GPU; "auto",
+            that on a GPU where it supports the model, otherwise diffusers'.
+
+    Raises:
+        SDIFastError: where `kind` is "fast" and the model has a feature that it lacks.
+    """
+    if kind not in KINDS:
+        raise SDIFastError(f"kind: expected {', '.join(KINDS)}, got {kind!r}")
+    on_gpu = next(unet.parameters()).is_cuda
+    if kind == "diffusers" or (kind == "auto" and not on_gpu):
+        return Denoiser(unet)
+    try:
+        fast = FastUNet(unet, options)
+    except SDIFastError:
+        if kind == "fast":
+            raise
+        return Denoiser(unet)
+    return GraphedUNet(fast) if on_gpu and fast.options.graphs else fast

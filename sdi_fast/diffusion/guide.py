@@ -72,7 +72,9 @@ def guided_output(
             f"{tuple(t.shape)}"
         )
     # Condition-major on both sides, so that row k * B + b is condition k of sample b (G8).
-    outputs = denoiser.predict(
-        x.repeat(k, 1, 1, 1), t.repeat(k), condition.embeddings.flatten(0, 1)
-    )
+    if not getattr(denoiser, "shares_latents", False):
+        rows, steps = x.repeat(k, 1, 1, 1), t.repeat(k)
+    else:  # what does not see the text is then computed once for all conditions
+        rows, steps = x, t
+    outputs = denoiser.predict(rows, steps, condition.embeddings.flatten(0, 1))
     return combine(outputs.view(k, b, *x.shape[1:]), condition.neg_weights, scale, convention)

@@ -1,0 +1,47 @@
+"""What can be chosen about the fast UNet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from ...types import SDIFastError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": ("eager", "compile"),
+    "kernels": ("auto", "triton", "reference"),
+    "attention": ("measured", "default", "flash", "cudnn", "efficient", "math"),
+    "conv": ("cudnn", "measured", "triton", "padded"),
+    "geglu": ("separate", "measured", "fused"),
+    "norms": ("auto", "measured"),
+    "upsample": ("phase", "nearest", "measured"),
+}
+
+
+@dataclass(frozen=True)
+class FastUNetOptions:
+    """How the fast UNet computes. "measured" times the candidates per shape in `warm_up`."""
+
+    mode: str = "eager"  # "compile": torch.compile; leave CUDA graphs to CapturedUNet
+    compile_mode: str | None = None  # torch.compile's mode
+    kernels: str = "auto"  # norms, GEGLU and interleaving; in compile mode "auto" is "reference"
+    attention: str = "measured"  # backend of scaled_dot_product_attention
+    conv: str = "cudnn"  # the resnets' convolutions; "padded": Hopper's copy engine
+    geglu: str = "separate"  # after the matrix product, or inside of it
+    norms: str = "auto"  # how many programs share a group of a group norm, and their size
+    upsample: str = "phase"  # 4 convolutions of 2 x 2 taps in place of 9 taps on the large image
+    cudnn_benchmark_limit: int = 10  # algorithms that cuDNN tries a shape; 0: all
+    graphs: bool = True  # make_denoiser captures the calls on a GPU, one graph a shape
+    n_train_steps: int = 1000
+    n_negative_steps: int = 100  # the inversion asks for t down to -99 (methods.md G9)
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            allowed = CHOICES.get(field.name)
+            value = getattr(self, field.name)
+            if allowed is not None and value not in allowed:
+                raise SDIFastError(f"{field.name}: expected {', '.join(allowed)}, got {value!r}")
+        if self.mode == "compile" and self.kernels == "triton":
+            raise SDIFastError(
+                'kernels: expected "auto" or "reference" with mode = "compile", whose compiler '
+                'fuses on its own, got "triton"'
+            )
