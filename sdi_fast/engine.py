@@ -194,7 +194,8 @@ class Engine:
         )
         guided = self.guidance.target(latents.detach(), condition, t, self.generator)
         parts = {"guidance": self.guidance.loss(latents, guided)}
-        parts.update(render_losses(output, camera, config.loss, step))
+        backend = config.engine.backend
+        parts.update(render_losses(output, camera, config.loss, step, backend=backend))
         weights = loss_weights(config.loss, step)
         total = torch.stack([weights[name] * value for name, value in parts.items()]).sum()
         scalars = {name: float(value.detach()) for name, value in parts.items()}

@@ -281,6 +281,42 @@ def test_graph_capture_and_side_stream() -> None:
             assert relative_error(a, b) < 1e-5  # atomics: another order of additions
 
 
+@needs_kernels
+def test_more_tiles_than_32_bits_count_are_refused() -> None:
+    """Before anything is read: all addresses are null here."""
+    native = _native.native_field(_native.field_numbers(FieldSpec(GRID)), 8)
+    sizes = [1 << 19, 512, 512, 17, 16, 0]  # 2^32 tiles
+    lengths, nowhere = [0.01, 0.0, 1e-4, 0.01], [0] * 20
+    module = _native.extension()
+    assert module.render_views_fwd(0, native, sizes, lengths, nowhere, 0, 0) == 1
+    assert module.render_views_bwd(0, native, sizes, lengths, nowhere, 0, [0] * 11, 0) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.skipif(not (ON_GPU and _native.has_cuda()), reason="needs a CUDA device")
+def test_more_numbers_than_32_bits_count() -> None:
+    """2.2e9 numbers of colour (30 GiB in all): many equal views, the last as good as the first."""
+    scene, one = make_scene("blob"), to(make_camera(1, 128, 128), torch.float32)
+    scene.marching = dataclasses.replace(scene.marching, step_size=0.7)
+    n_views = 44_000
+    camera = dataclasses.replace(
+        one,
+        c2w=one.c2w.expand(n_views, -1, -1),
+        fovy=one.fovy.expand(n_views),
+        light_positions=one.light_positions.expand(n_views, -1),
+    )
+    many, _ = scene.run(fused, camera, "diffuse", torch.float32)
+    single, _ = scene.run(fused, one, "diffuse", torch.float32)
+    assert many.rgb.numel() > 2**31
+    assert many.counts.tolist() == [n_views * c for c in single.counts.tolist()]
+    for name in SUMS:
+        values, first = getattr(many, name), getattr(single, name)
+        assert first.any(), name
+        for view in (0, n_views // 2, n_views - 1):
+            assert torch.equal(values[view * 128 * 128 : (view + 1) * 128 * 128], first), name
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -77,9 +77,7 @@ def resolve_backend(op: str, tensor: Tensor, backend: str, native: tuple[str, ..
     if backend == "auto":
         if device in native and (has_cuda() if device == "cuda" else is_available()):
             return device
-        return (
-            "triton" if device == "cuda" and "triton" in native and _has_triton() else "reference"
-        )
+        return "triton" if device == "cuda" and "triton" in native and has_triton() else "reference"
     if backend not in ("cpu", "cuda", "triton"):
         raise SDIFastError(
             f'backend: expected "auto", "reference", "cpu", "cuda" or "triton", got {backend!r}'
@@ -102,13 +100,14 @@ def resolve_backend(op: str, tensor: Tensor, backend: str, native: tuple[str, ..
     return backend
 
 
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 
 def _check_triton(device: str) -> None:
     """Raise SDIFastError unless Triton is there and runs on such tensors."""
-    if not _has_triton():
+    if not has_triton():
         raise SDIFastError('backend: "triton" needs Triton; run `pip install triton`')
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise SDIFastError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..reference.composite import composite as composite_reference
 from ..types import Composited, Samples
 from ._checks import check_samples, check_tensor
-from ._native import call, resolve_backend
+from ._native import call, has_triton, resolve_backend
 
 
 def composite(
@@ -26,12 +26,19 @@ def composite(
     *,
     backend: str = "auto",
 ) -> Composited:
-    """Sums over each ray's samples. Gradients: density, rgb, normal; none through `weights`."""
+    """Sums over each ray's samples. Gradients: density, rgb, normal; none through `weights`.
+
+    On a GPU "auto" takes Triton's kernel, which walks a warp's rays side by side, before the CUDA
+    one, a thread a ray: at 512 x 512 with up to 60 samples a ray, forward and backward took 0.44 ms
+    against 4.5 ms on an H200 (benchmarks/bench_image.py).
+    """
     check_tensor("density", density, (samples.n_samples,))
     check_samples(samples, density)
     check_tensor("rgb", rgb, (samples.n_samples, 3), like=density)
     check_tensor("normal", normal, (samples.n_samples, 3), like=density)
     check_tensor("directions", directions, (samples.packed_info.shape[0], 3), like=density)
+    if backend == "auto" and density.is_cuda and has_triton():
+        backend = "triton"
     chosen = resolve_backend("composite", density, backend, ("cpu", "cuda", "triton"))
     if chosen == "reference":
         return composite_reference(density, rgb, normal, samples, directions)
