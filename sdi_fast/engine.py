@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .camera import sample_cameras
-from .config import Config
+from .camera import camera_to, sample_cameras
+from .config import Config, EngineConfig
 from .constants import MAX_BAD_STEPS
 from .diffusion.pipeline import Pipeline, load_pipeline
 from .diffusion.schedule import annealed_timestep
@@ -77,6 +77,14 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def choose_backend(config: EngineConfig, device: torch.device) -> str:
+    """The ops' backend. In deterministic mode "auto" means PyTorch on a GPU: our kernels add the
+    table's gradients in whatever order their blocks come."""
+    if config.deterministic and device.type == "cuda" and config.backend == "auto":
+        return "reference"
+    return config.backend
+
+
 class Engine:
     """Optimises one NeRF against a frozen diffusion model.
 
@@ -100,7 +108,8 @@ class Engine:
         )
         self.guidance = make_guidance(self.pipeline, config.guidance)
 
-        backend = config.engine.backend
+        backend = choose_backend(config.engine, self.device)
+        self.backend = backend
         self.generator = torch.Generator("cpu").manual_seed(config.engine.seed)
         self.field = NeRFField(config.field, generator=self.generator, backend=backend).to(
             self.device
@@ -194,8 +203,7 @@ class Engine:
         )
         guided = self.guidance.target(latents.detach(), condition, t, self.generator)
         parts = {"guidance": self.guidance.loss(latents, guided)}
-        backend = config.engine.backend
-        parts.update(render_losses(output, camera, config.loss, step, backend=backend))
+        parts.update(render_losses(output, camera, config.loss, step, backend=self.backend))
         weights = loss_weights(config.loss, step)
         total = torch.stack([weights[name] * value for name, value in parts.items()]).sum()
         scalars = {name: float(value.detach()) for name, value in parts.items()}
@@ -252,8 +260,9 @@ class Engine:
 
     @torch.no_grad()
     def render(self, camera: Camera, shading: str = "albedo") -> RenderOutput:
-        """Images of `camera`'s views as the field stands; no jitter, no gradient."""
-        return self._render(camera, self.global_step, shading, None)
+        """Images of `camera`'s views as the field stands, on the engine's device; no jitter, no
+        gradient."""
+        return self._render(camera_to(camera, self.device), self.global_step, shading, None)
 
     @torch.no_grad()
     def density(self, x: Tensor) -> Tensor:
