@@ -124,6 +124,7 @@ def test_ops_agree_with_their_twins(module: str) -> None:
         for part in ("dispatch", "field", "image", "samples", "ray_losses")
     ]
     called = _emulated_pytest(module, *files)
+    called |= _emulated_pytest(module, str(TESTS / "test_guided_step.py"), "-k", "cpu")
     assert called == emulated_build.all_ops()
 
 
