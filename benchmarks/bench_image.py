@@ -5,7 +5,7 @@ against the f64 twin first. Times are those of a CUDA graph's replay (what an en
 L2 cache flushed by a write between two replays; the graph's outputs are checked too. The twin runs
 eagerly.
 
-    python benchmarks/bench_image.py [--size 512] [--samples 30] [--out DIR]
+    python benchmarks/bench_image.py [--size 512] [--samples 60] [--out DIR]
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def main() -> None:
     for op in ("composite", "convexity", "convexity_camera", "ray_losses"):
         rows += measure(op, options.size, options.samples, options.rounds)
     extra = {"size": options.size, "samples": options.samples, "rows": rows}
-    harness.save("image_h200", extra, options.out)
+    harness.save(f"image_{harness.gpu_slug()}", extra, options.out)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from ceilings import kernel_rows, limit_text, measure_ceilings, print_kernels
 from harness import (
     RESULTS,
     compare,
+    gpu_slug,
     peak_memory,
     print_conditions,
     print_timings,
@@ -51,7 +51,7 @@ GRAPH = "Renderer, CUDA graph"
 SWEEP = (100_000, 1_000_000, 8_000_000, 30_000_000, 100_000_000)
 QUICK_SWEEP = (1_000, 2_000)
 COMFORTABLE = 0.6  # of the free memory: what a candidate may be expected to take
-GRAPH_TOLERANCE = 1e-3  # the same kernels: only the order of atomic additions differs
+GRAPH_TOLERANCE = 1e-5  # the same kernels: only the order of atomic additions differs
 IMAGE_TOLERANCE = 2e-3  # f16 against f32: four roundings of 2^-11
 IMAGES = ("comp_rgb", "opacity", "depth", "comp_normal")
 
@@ -352,9 +352,7 @@ SECTIONS = {"ops": bench_ops, "whole": bench_whole, "kernels": bench_kernels, "s
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     on_gpu = args.device.startswith("cuda")
-    gpu = torch.cuda.get_device_name() if on_gpu else "cpu"
-    slug = re.sub(r"[^a-z0-9]+", "_", gpu.lower().replace("nvidia", "")).strip("_")
-    name = f"render_{slug}"
+    name = f"render_{gpu_slug() if on_gpu else 'cpu'}"
     print_conditions(name)
     bench = Bench(args)
     for key, value in bench.results.items():

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -72,6 +73,12 @@ def _cpu_name() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def gpu_slug() -> str:
+    """The GPU's name as file names have it, such as "h200"."""
+    name = torch.cuda.get_device_name().lower().replace("nvidia", "")
+    return re.sub(r"[^a-z0-9]+", "_", name).strip("_")
 
 
 def _git(*args: str) -> str:  # "" for a copy without its repository

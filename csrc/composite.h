@@ -7,8 +7,8 @@
 
 namespace sdi {
 
-// A row of packed_info that leaves [0, n) is refused on the CPU; on the GPU, where finding out would
-// take a synchronisation, it counts as empty.
+// A row of packed_info that leaves [0, n) is refused on the CPU; on the GPU, where finding out
+// would take a synchronisation, it counts as empty.
 template <class T>
 struct CompositeFwdArgs {
   const T* density;            // [n], 1/scene unit

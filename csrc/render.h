@@ -1,5 +1,5 @@
-// Launch API of the fused renderer: from cameras to per-ray sums, and back to the field's gradients.
-// Twin: sdi_fast/reference/render_views.py.
+// Launch API of the fused renderer: from cameras to per-ray sums, and back to the field's
+// gradients. Twin: sdi_fast/reference/render_views.py.
 //
 // Rays are view-major, then row-major: ray = (view * height + row) * width + column.
 #pragma once

@@ -9,8 +9,8 @@ namespace sdi {
 
 enum Shading : int32_t { kAlbedo = 0, kTextureless = 1, kDiffuse = 2 };
 
-// A view index outside [0, n_views) is refused on the CPU; on the GPU the sample's light is NaN, and
-// so is whatever depends on it.
+// A view index outside [0, n_views) is refused on the CPU; on the GPU the sample's light is NaN,
+// and so is whatever depends on it.
 template <class T>
 struct ShadeArgs {
   const T* albedo;              // [n, 3]

@@ -132,8 +132,9 @@ class Renderer:
             can = can_fuse(field.spec, camera.c2w)
         if self.config.precision == "fp16" and not can:
             raise SDIFastError(
-                'render.precision: "fp16" needs a CUDA device, an extension built with nvcc and a '
-                'field that sdi_fast.ops.render_views takes; use "auto" or "fp32"'
+                'render.precision: "fp16" needs backend "auto" or "cuda", a CUDA device, an '
+                "extension built with nvcc and a field that sdi_fast.ops.render_views takes; "
+                f"got backend {self.backend!r}, device {camera.c2w.device}"
             )
         return can
 

@@ -74,6 +74,8 @@ def run_training(dtype: torch.dtype) -> None:
     update_occupancy(occs, cells, values, 0.95, 0.01, backend="cuda")
     for n in (1, 7, 1025):
         first_step([*adam_state(n, dtype), sparse_grad(n, 1, dtype)])
+        shifted = [*adam_state(n + 1, dtype), sparse_grad(n + 1, 1, dtype)]
+        first_step([t[1:] for t in shifted])  # off the vectors' alignment
         run_ray_losses(n, dtype, "cuda")
     weights = [rand(*s, dtype=dtype).cuda().requires_grad_() for s in ((16, 9), (16, 16), (3, 16))]
     for n in (0, 1, 65):
@@ -88,6 +90,10 @@ def run_guided(dtype: torch.dtype) -> None:
             ours(c, SPEC, T_NEXT, "cuda", noise=c["noise"])
             ours(c, SPEC, None, "cuda")
             ours(c, SPEC, T_NEXT, "cuda", rng=torch.tensor([5, 7]))
+            for half in (torch.float16, torch.bfloat16) if dtype == torch.float32 else ():
+                ours(
+                    {**c, "outputs": c["outputs"].to(half)}, SPEC, T_NEXT, "cuda", noise=c["noise"]
+                )
 
 
 def run_fused() -> None:
@@ -119,7 +125,8 @@ def main() -> set[str]:
             run_training(dtype)
             run_guided(dtype)
             for frame in ("world", "camera"):
-                run_convexity((2, 9, 11), frame, dtype, "cuda")
+                for n_views in (1, 2):
+                    run_convexity((n_views, 9, 11), frame, dtype, "cuda")
         run_fused()
         torch.cuda.synchronize()
     return called

@@ -50,7 +50,7 @@ def test_march_of_nothing() -> None:
     assert none.n_samples == 0 and none.packed_info.shape == (0, 2)
 
 
-def test_march_ignores_brokenrays_at() -> None:
+def test_march_ignores_broken_rays() -> None:
     origins = torch.tensor([[float("nan")] * 3, [0.0, 0.0, 0.0], [float("inf"), 0.0, 0.0]])
     directions = torch.tensor([[1.0, 0.0, 0.0], [float("nan")] * 3, [1.0, 0.0, 0.0]])
     samples = march(

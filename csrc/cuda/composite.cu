@@ -2,11 +2,11 @@
 // Twin: sdi_fast/reference/composite.py. Maths and formulas: math/compositing.h, as on the CPU.
 //
 // w = T alpha; rgb, O, depth and normal_sum are sums of w times a value, z_variance the variance of
-// t under w / O where O > .5, orient = sum sg(w) max(0, n . d)^2. One thread takes a ray and walks it
-// once forward, once back: neighbouring rays' samples share no cache line, so that this is not the
-// fast path (render.h), but the general one. The backward recomputes the transmittance from the
-// densities and reads the weights. Precision: T per sample, double for the running sums; no atomics.
-// Bytes per sample in f32: 36 read and 4 written forward, 40 and 28 backward.
+// t under w / O where O > .5, orient = sum sg(w) max(0, n . d)^2. One thread takes a ray and walks
+// it once forward, once back: neighbouring rays' samples share no cache line, so that this is not
+// the fast path (render.h), but the general one. The backward recomputes the transmittance from the
+// densities and reads the weights. Precision: T per sample, double for the running sums; no
+// atomics. Bytes per sample in f32: 36 read and 4 written forward, 40 and 28 backward.
 #include "../math/compositing.h"
 
 #include "dispatch.h"

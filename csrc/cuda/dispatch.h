@@ -1,6 +1,6 @@
 // The CUDA launchers of all ops. `stream` is a cudaStream_t. Nothing is allocated or synchronised;
-// indices are not checked, since that would need a synchronisation: csrc/<op>.h says what happens to
-// one that leaves its array.
+// indices are not checked, since that would need a synchronisation: csrc/<op>.h says what happens
+// to one that leaves its array.
 #pragma once
 
 #include "../ops.h"

@@ -8,10 +8,10 @@
 //   M = sum of 1[h > 0] x combined, of which grad W1 = w2 M (by rows) and grad w2 = W1 . M;
 //   grad V1 = sum of color_gate x e, grad V2 = sum of colour logits x relu(V1 e).
 // A block adds its tiles up in its row of the workspace; a second kernel adds the rows in order, in
-// double: no atomics, so that these gradients repeat bit by bit. The table's are added with atomics,
-// in any order: per corner, cotangent * weight + q (d weight . p). Precision: T within a block.
-// Bytes per sample in f32: 40 read, 32 L F gathered and as many added to; the workspace's rows, 4
-// hidden (2 L F + 3) a tile, stay in the cache.
+// double: no atomics, so that these gradients repeat bit by bit. The table's are added with
+// atomics, in any order: per corner, cotangent * weight + q (d weight . p). Precision: T within a
+// block. Bytes per sample in f32: 40 read, 32 L F gathered and as many added to; the workspace's
+// rows, 4 hidden (2 L F + 3) a tile, stay in the cache.
 #include "dispatch.h"
 #include "field_tile.h"
 
@@ -113,7 +113,8 @@ __device__ void outer_sums(const T* rows, const Row& at, int count, int right, b
   }
 }
 
-// The tile's weight gradients into the block's sums. Each sum has one owner, the same in every tile.
+// The tile's weight gradients into the block's sums. Each sum has one owner, the same in every
+// tile.
 template <class T>
 __device__ void add_weight_sums(const T* rows, const Row& at, int count, bool is_first, T* sums) {
   const int64_t size = static_cast<int64_t>(at.hidden) * at.n_in;

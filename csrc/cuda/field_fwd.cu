@@ -52,7 +52,8 @@ __global__ void field_fwd_kernel(const FieldFwdArgs<T> a, const Row at) {
   }
 }
 
-// Of both kernels. The next tile's load, by the same threads, touches nothing that others still read.
+// Of both kernels. The next tile's load, by the same threads, touches nothing that others still
+// read.
 template <class T, class Args>
 int launch_tiles(void (*kernel)(Args, Row), const Args& args, Row::Parts parts, void* stream) {
   if (args.n == 0) return kOk;

@@ -2,10 +2,10 @@
 //
 // Every sample has a row of numbers in shared memory, an odd number of them long, so that lanes
 // that are samples reach different banks. A thread serves one sample for the whole kernel, together
-// with the threads of the same sample in other groups: each group takes some levels, some outputs of
-// a layer, and so on. Weights come straight from torch.nn.Linear's layout in global memory, the same
-// number for all samples of a group: one read a warp, from the cache. The formulas are those of
-// math/field.h, on the same building blocks (math/grid.h, math/normal.h, math/scalar.h).
+// with the threads of the same sample in other groups: each group takes some levels, some outputs
+// of a layer, and so on. Weights come straight from torch.nn.Linear's layout in global memory, the
+// same number for all samples of a group: one read a warp, from the cache. The formulas are those
+// of math/field.h, on the same building blocks (math/grid.h, math/normal.h, math/scalar.h).
 #pragma once
 
 #include "../field.h"

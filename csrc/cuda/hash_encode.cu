@@ -1,13 +1,13 @@
 // Hash encoding on the GPU, forward and backward (methods.md D, Geometry).
 // Twin: sdi_fast/reference/hash_encode.py. Maths: math/grid.h, as on the CPU.
 //
-// Features are trilinear in the eight corners' entries, level by level. One thread takes a sample at
-// one level; neighbouring threads are neighbouring samples of that level, so that a level's entries
-// meet in the cache. Backward: the same mapping adds corner weight * gradient to the table, with
-// atomics (sums in any order); grad_x has one thread a sample, which walks the levels in order.
-// Both recompute the corners. Masked levels: zero features, no gradient. Precision: T throughout.
-// Bytes per sample and level in f32: 32 F gathered, 4 F written; backward 32 F added to, and for
-// grad_x 32 F gathered.
+// Features are trilinear in the eight corners' entries, level by level. One thread takes a sample
+// at one level; neighbouring threads are neighbouring samples of that level, so that a level's
+// entries meet in the cache. Backward: the same mapping adds corner weight * gradient to the table,
+// with atomics (sums in any order); grad_x has one thread a sample, which walks the levels in
+// order. Both recompute the corners. Masked levels: zero features, no gradient. Precision: T
+// throughout. Bytes per sample and level in f32: 32 F gathered, 4 F written; backward 32 F added
+// to, and for grad_x 32 F gathered.
 #include "dispatch.h"
 #include "items.h"
 

@@ -4,8 +4,8 @@
 // Kept while exp(-sum of sigma dt before) >= eps, if 1 - exp(-sigma dt) >= threshold. One thread
 // takes a ray, and stops where the ray is opaque. Precision: T per sample, double for the sum; no
 // fused multiply-add, so that only a sample whose exp is within its rounding of a threshold can be
-// judged otherwise than by the twin. Bytes per sample in f32: 12 read and 1 written by count, 1 read
-// by fill, and 8 read and 16 written for a kept one.
+// judged otherwise than by the twin. Bytes per sample in f32: 12 read and 1 written by count, 1
+// read by fill, and 8 read and 16 written for a kept one.
 #include "../math/prune.h"
 
 #include "dispatch.h"

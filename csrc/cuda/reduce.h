@@ -6,9 +6,9 @@
 namespace sdi {
 namespace cuda {
 
-// values[k] summed over the block's kThreads threads (a power of two), in every thread. `shared` has
-// room for kThreads * kValues numbers; all threads of the block have to take part. Whoever writes to
-// `shared` afterwards needs a barrier first, since slower threads may still read it.
+// values[k] summed over the block's kThreads threads (a power of two), in every thread. `shared`
+// has room for kThreads * kValues numbers; all threads of the block have to take part. Whoever
+// writes to `shared` afterwards needs a barrier first, since slower threads may still read it.
 template <int kThreads, int kValues>
 __device__ void block_sum(double (&values)[kValues], double* shared) {
   const int t = threadIdx.x;

@@ -12,13 +12,13 @@
 //
 // Mapping: as the forward: a warp takes 8 x 4 pixels, one ray a lane, 32 samples at a time. All
 // products of 32 samples run on tensor cores; sums over samples are products too, with A transposed
-// by movmatrix. A warp keeps its sums for W1 in registers, for V1 in shared memory, and adds them to
-// the gradients once, at its end. Table: neighbouring lanes in the same cell are added up first
+// by movmatrix. A warp keeps its sums for W1 in registers, for V1 in shared memory, and adds them
+// to the gradients once, at its end. Table: neighbouring lanes in the same cell are added up first
 // (segmented sums over the warp) where at least kMinShared lanes in all share one; then 8- and
 // 16-byte atomics.
 //
 // Precision: operands of products f16, sums f32. Cotangents are scaled by a power of two a warp and
-// step, so that the largest of the 32 samples fills f16's range; sums are unscaled in f32. The rest
+// step, so that the largest of the 32 samples is about 2^4; sums are unscaled in f32. The rest
 // f32. Atomics: the order of additions, hence the last bits, differ between runs.
 // Bytes: per kept sample as many gathered as forward, and up to 16 x 8 x 8 added to the gradients;
 // nothing is stored per sample.
@@ -133,7 +133,10 @@ __device__ __forceinline__ void sample_cotangents(const RenderViewsArgs& a, cons
   for (int k = 0; k < 3; ++k) c.p[k] = grad_gradient[k] * spec.to_unit;
 }
 
-// The power of two that brings the warp's largest magnitude to 2^10, and its inverse.
+// Small, since colour gates are up to 3 |V2| times that and have to fit f16 too.
+constexpr int kLargest = 4;
+
+// The power of two that brings the warp's largest magnitude to 2^kLargest, and its inverse.
 struct Scale {
   float up, down;
 };
@@ -143,9 +146,10 @@ __device__ __forceinline__ Scale warp_scale(float magnitude) {
     magnitude = fmaxf(magnitude, __shfl_xor_sync(kAllLanes, magnitude, offset));
   }
   int exponent = __float_as_int(magnitude) >> 23 & 255;  // NaN is lost here, but not in the values
-  if (exponent == 0 || exponent == 255) exponent = 137;
+  if (exponent == 0 || exponent == 255) exponent = 127 + kLargest;
   exponent = exponent < 20 ? 20 : exponent;
-  return {__int_as_float((264 - exponent) << 23), __int_as_float((exponent - 10) << 23)};
+  return {__int_as_float((254 + kLargest - exponent) << 23),
+          __int_as_float((exponent - kLargest) << 23)};
 }
 
 // gl e + J p of this lane's sample, scaled, into `combined`.
@@ -261,6 +265,7 @@ int launch_render_views_bwd(const RenderViewsArgs& a, const RenderViewsGrads& gr
   const int64_t n_tiles = a.n_views * ((a.width + kTileWidth - 1) / kTileWidth) *
                           ((a.height + kTileHeight - 1) / kTileHeight);
   if (n_tiles == 0) return kOk;
+  if (!a.kept || a.n_words < 2) return kBadArgument;
   const int status = clear(a.next_tile, sizeof(uint32_t), stream);
   if (status != kOk) return status;
   if (!allow_shared(render_views_bwd_kernel, sizeof(BlockMemory))) return kCudaError;

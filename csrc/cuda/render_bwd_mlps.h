@@ -1,5 +1,5 @@
-// The fused renderer's backward through both MLPs, 32 samples of a warp at a time (render_bwd.cu has
-// the formulas). Sums over samples are products too, with A transposed by movmatrix.
+// The fused renderer's backward through both MLPs, 32 samples of a warp at a time (render_bwd.cu
+// has the formulas). Sums over samples are products too, with A transposed by movmatrix.
 #pragma once
 
 #include "render_common.h"
@@ -8,6 +8,7 @@ namespace sdi {
 namespace cuda {
 
 constexpr int kGroups = kFusedHidden / 16;
+constexpr float kLargestHalf = 65504.0f;
 
 struct alignas(16) WarpMemory {
   HalfTile features;
@@ -132,6 +133,7 @@ __device__ __forceinline__ void color_backward(const Weights& w, int lane, WarpM
           }
           gates[e] = gate(h[e], sum);
           h[e] = relu(h[e]);
+          h[e] = h[e] > kLargestHalf ? kLargestHalf : h[e];  // NaN stays
         }
         for (int half = 0; half < 2; ++half) {
           active[m][2 * i + half] = to_half2(h[2 * half], h[2 * half + 1]);
@@ -173,7 +175,7 @@ __device__ __forceinline__ void color_backward(const Weights& w, int lane, WarpM
   }
 }
 
-// ---- what a warp has summed -----------------------------------------------------------------------------------
+// ---- what a warp has summed ---------------------------------------------------------------------
 
 // A C fragment of 16 units by 8 inputs onto W's gradient.
 __device__ __forceinline__ void add_fragment(float* grad, int width, int unit, int input, int lane,

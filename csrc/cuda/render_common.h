@@ -60,7 +60,7 @@ inline FusedSpec fused_spec(const FieldSpec& spec) {
   return s;
 }
 
-// What the fused kernels cannot take: the caller runs the single ops instead.
+// What the fused kernels can take; sdi_fast/ops/render_views.py asks the same before.
 inline bool is_fusable(const RenderViewsArgs& a) {
   return a.spec.grid.n_features == kFusedFeatures && a.spec.grid.n_levels <= kFusedLevels &&
          a.spec.hidden == kFusedHidden && a.spec.grid.offset[a.spec.grid.n_levels] < (1ll << 31) &&

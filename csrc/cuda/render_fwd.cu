@@ -83,6 +83,10 @@ struct Walker {
     step_range(ray, from, to);
     first = next = static_cast<int>(from);
     last = static_cast<int>(to);
+    if (a.kept) {  // far from the box, f32 sees more steps inside than its diagonal has
+      const int64_t most = from + 32 * (a.n_words - 1);
+      last = static_cast<int>(to < most ? to : most);
+    }
     for (int c = 0; c < 3; ++c) {
       steps_per_cell[c] = ray.side / (ray.resolution * ray.direction[c] * ray.step);
     }
@@ -93,6 +97,7 @@ struct Walker {
     const float middle = 0.5f * (begin_of(ray, k) + begin_of(ray, k + 1.0f));
     float least = 1e6f;
     for (int c = 0; c < 3; ++c) {
+      if (ray.direction[c] == 0.0f) continue;
       const float position =
           (ray.origin[c] + ray.direction[c] * middle + ray.radius) / ray.side * ray.resolution;
       const float inside = position - floorf(position);
@@ -209,7 +214,7 @@ __device__ __forceinline__ bool take_samples(const RenderViewsArgs& a, const Fus
   read_sample(spec, x, lane, memory.slope, memory.jacobian, memory.outputs, s);
   const float optical = s.density * (end - begin);
   const float alpha = -expm1_of(-optical);
-  const bool is_seen = !(exp_of(-sums.optical_tried) < static_cast<float>(a.early_stop_eps));
+  const bool is_seen = exp_of(-sums.optical_tried) >= static_cast<float>(a.early_stop_eps);
   sums.optical_tried += optical;
   is_on = is_seen;
   if (!is_seen || !(alpha >= threshold)) return false;

@@ -1,5 +1,6 @@
 // Warp-wide instructions that CUDA C++ has no function for: tensor cores, matrix loads, vector
-// reductions. All are collective over the full warp. The emulator of the tests has its own versions.
+// reductions. All are collective over the full warp. The emulator of the tests has its own
+// versions.
 //
 // Fragments are those of PTX mma.m16n8k16, with g = lane / 4 and t = lane % 4: A holds rows g and
 // g + 8, columns 2t, 2t + 1, 2t + 8, 2t + 9; B rows 2t, 2t + 1, 2t + 8, 2t + 9 of column g; C rows

@@ -1,9 +1,10 @@
 // Marching one ray through the occupancy grid (methods.md D, Marching).
 //
 // Sample k is [t0 + k dt, t0 + (k + 1) dt], k >= 0, kept if its midpoint's cell is inside and
-// occupied. The arithmetic is the twin's, operation for operation (no fused multiply-add: mul_exact,
-// add_exact), so that both keep the same samples. Every step through the box is tested: a whole pack of steps at a time
-// costs less than finding where the ray leaves each cell.
+// occupied. The arithmetic is the twin's, operation for operation (no fused multiply-add:
+// mul_exact, add_exact), so that both keep the same samples. The single ops test every step through
+// the box: a whole pack (or warp) of steps at a time costs less than finding where the ray leaves
+// each cell.
 #pragma once
 
 #include "../march.h"

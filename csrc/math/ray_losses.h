@@ -3,8 +3,8 @@
 // orient = sum orient / max(#{O > 0}, 1), sparsity = mean sqrt(O^2 + .01),
 // opaque = mean entropy(c) with c = O clamped to [.001, .999] and
 // entropy(c) = -(c log c + (1 - c) log(1 - c)), z_variance = sum z_variance / max(#{O > .5}, 1).
-// Backward: the entropy's slope is log(1 - c) - log(c), and 0 where O lies outside the clamp; at its
-// edges the gradient passes, as torch.clamp has it.
+// Backward: the entropy's slope is log(1 - c) - log(c), and 0 where O lies outside the clamp; at
+// its edges the gradient passes, as torch.clamp has it.
 #pragma once
 
 #include "../ray_losses.h"

@@ -142,6 +142,8 @@ def check_status(op: str, status: int, indices: str = "") -> None:
     """Raise what a launcher's status (csrc/status.h) stands for."""
     if status == 0:
         return
+    if status == 1 and not indices:
+        raise SDIFastError(f"{op}: expected sizes that fit its kernels, got larger ones")
     if status == 1:
         raise SDIFastError(f"{indices}: expected indices inside their array, got one outside")
     reason = {2: "out of memory", 3: "the CUDA launch failed"}.get(status, f"status {status}")

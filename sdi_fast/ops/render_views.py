@@ -57,8 +57,8 @@ def render_views(
     """Per-ray sums over the samples that can be seen, R = B * height * width rays.
 
     Gradients go to the five parameters (f32), through colour, opacity, depth, normals, z_variance
-    and orient. On CUDA table and products are f16, sums f32; the largest magnitude that an entry of
-    the table may have is f16's, 65504.
+    and orient. On CUDA table and products are f16, sums f32: entries of the table, their
+    differences between neighbours, first-layer weights and density_w2 have to stay below 65504.
 
     Raises:
         SDIFastError: for tensors that do not fit each other, an unknown shading, or on CUDA a field
@@ -143,7 +143,8 @@ def _run(
     sizes = [camera.height, camera.width, SHADINGS.index(shading), active_levels, int(wants_grad)]
     m = marching
     lengths = [m.step_size, m.near, m.early_stop_eps, m.alpha_threshold]
-    scene = (camera.c2w, camera.fovy, camera.light_positions, jitter, occupancy, alpha_bound)
+    given = (camera.c2w, camera.fovy, camera.light_positions, jitter, occupancy, alpha_bound)
+    scene = [None if t is None else t.detach() for t in given]  # gradients: the parameters' alone
     numbers = (sizes, [float(v) for v in lengths], list(field_numbers(spec)))
     results = _forward(*scene, *params.tensors(), *numbers)
     return RaySums(*results[:7])
@@ -275,13 +276,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.numbers = inputs[11:]
     rgb, opacity, depth, normal_sum, z_variance, _, counts, kept, half = output
     ctx.mark_non_differentiable(counts, kept, half)
+    ctx.set_materialize_grads(False)  # lest `kept` and `half` get zeros of their size
     ctx.save_for_backward(
         c2w, fovy, lights, jitter, half, *weights, rgb, opacity, depth, normal_sum, z_variance, kept
     )
 
 
 def _autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    parameters = _backward(*ctx.saved_tensors, *grads[:6], *ctx.numbers)
+    saved = ctx.saved_tensors
+    rgb, opacity = saved[9], saved[10]
+    likes = (rgb, opacity, opacity, rgb, opacity, opacity)  # depth, normal_sum and so on, by shape
+    given = [
+        torch.zeros_like(like) if grad is None else grad
+        for grad, like in zip(grads[:6], likes, strict=True)
+    ]
+    parameters = _backward(*saved, *given, *ctx.numbers)
     return *(None,) * 6, *parameters, None, None, None
 
 
