@@ -215,6 +215,47 @@ def test_a_vae_of_another_kind_is_refused_or_left_to_diffusers(change, message):
     assert LatentEncoder(vae, 16, "auto").fast is None
 
 
+def test_changed_modules_are_refused():
+    """Each computes something else than its class says."""
+
+    class Processor:
+        def __call__(self, *args: Any, **kwargs: Any) -> None:
+            raise NotImplementedError
+
+    class Conv(torch.nn.Conv2d):
+        pass
+
+    def hooked(vae: Any) -> None:
+        vae.encoder.conv_in.register_forward_hook(lambda *args: None)
+
+    def processed(vae: Any) -> None:
+        vae.encoder.mid_block.attentions[0].processor = Processor()
+
+    def derived(vae: Any) -> None:
+        vae.encoder.down_blocks[0].resnets[0].conv1.__class__ = Conv
+
+    for change, message in (
+        (hooked, "forward hooks at 'conv_in'"),
+        (processed, "the processor Processor at"),
+        (derived, "the layer Conv at"),
+    ):
+        vae = vae_of(**FORMS["two levels"])
+        change(vae)
+        with pytest.raises(SDIFastError, match=message):
+            pack_encoder(vae)
+
+
+def test_buffers_made_in_inference_mode_serve_later():
+    graphs = EncoderGraphs(FastEncoder(pack_encoder(vae_of(**FORMS["two levels"]))), capture=False)
+    x = torch.rand(1, 3, 16, 16) * 2 - 1
+    with torch.inference_mode():
+        first = graphs(x)
+    leaf = x.clone().requires_grad_()
+    assert torch.equal(graphs(leaf).detach(), first)
+    graphs(leaf).sum().backward()
+    assert leaf.grad is not None and leaf.grad.isfinite().all()
+
+
 def test_bad_images_are_named():
     graphs = EncoderGraphs(FastEncoder(pack_encoder(vae_of(**FORMS["two levels"]))), False)
     with pytest.raises(SDIFastError, match=r"images: expected \[B, 3, H, W\]"):

@@ -93,6 +93,28 @@ def test_same_bits_twice():
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def test_strided_vectors_and_statistics_are_read_as_they_are():
+    inputs = case((2, 35, 16, 4), torch.float32)
+    x, shift, weight, bias, grad, _ = inputs
+    strided = [torch.stack([v, v + 7], dim=1)[:, 0] for v in (shift, weight, bias)]
+    plain, statistics = group_norm_silu_fwd(x, shift, weight, bias, 4, EPS, backend="triton")
+    turned, _ = group_norm_silu_fwd(x, *strided, 4, EPS, backend="triton")
+    assert torch.equal(turned, plain)
+    rows = statistics.transpose(1, 2).contiguous().transpose(1, 2)
+    expected = group_norm_silu_bwd(grad, x, shift, weight, bias, statistics, backend="triton")
+    assert torch.equal(group_norm_silu_bwd(grad, x, *strided, rows, backend="triton"), expected)
+
+
+def test_statistics_of_another_batch_are_refused():
+    x, shift, weight, bias, grad, _ = case((2, 35, 16, 4), torch.float32)
+    _, statistics = group_norm_silu_fwd(x, shift, weight, bias, 4, EPS, backend="reference")
+    for wrong in (statistics[:, :1], statistics.double(), statistics[0]):
+        with pytest.raises(SDIFastError, match="statistics: expected"):
+            group_norm_silu_bwd(grad, x, shift, weight, bias, wrong, backend="reference")
+    with pytest.raises(SDIFastError, match="grad: expected dtype float32"):
+        group_norm_silu_bwd(grad.half(), x, shift, weight, bias, statistics, backend="reference")
+
+
 def test_bad_arguments_are_named():
     x, c = torch.zeros(1, 4, 6), torch.zeros(6)
     with pytest.raises(SDIFastError, match="x: expected .* divisible by 4"):

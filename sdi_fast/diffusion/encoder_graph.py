@@ -40,23 +40,25 @@ class EncoderGraph:
     def __init__(self, encoder: FastEncoder, like: Tensor, capture: bool) -> None:
         self.encoder = encoder
         self.generation = 0  # forwards so far
-        self._x = torch.zeros_like(like, memory_format=torch.contiguous_format)
-        self._out = self._grad = self._grad_x = self._x
         self._tape: list[Step] = []
         self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
-        if capture:
-            with torch.cuda.device(like.device):
-                self._capture()
+        with torch.inference_mode(False):  # buffers born in that mode could not be written later
+            self._x = torch.zeros_like(like, memory_format=torch.contiguous_format)
+            self._out = self._grad = self._grad_x = self._x
+            if capture:
+                with torch.cuda.device(like.device):
+                    self._capture()
 
     def _capture(self) -> None:
         main, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        draws = torch.Generator(self._x.device).manual_seed(0)  # the default one is the caller's
         stream.wait_stream(main)
         with cudnn_benchmark():
             with torch.cuda.stream(stream):
-                self._x.uniform_(-1.0, 1.0)
+                self._x.uniform_(-1.0, 1.0, generator=draws)
                 for _ in range(N_WARM_UP):
                     out, tape = self.encoder.forward(self._x)
-                    grad = torch.randn_like(out)
+                    grad = torch.empty_like(out).normal_(generator=draws)
                     self.encoder.backward(grad, tape)
                     del out, tape
             main.wait_stream(stream)
@@ -150,9 +152,9 @@ class EncoderGraphs:
     def graph_of(self, x: Tensor) -> EncoderGraph:
         key = (tuple(x.shape), x.dtype, x.device)
         if key not in self._graphs:
-            self._graphs[key] = EncoderGraph(self.encoder, x.detach(), self.capture)
-            if len(self._graphs) > MAX_SHAPES:
+            if len(self._graphs) >= MAX_SHAPES:  # before the new one takes memory of its own
                 self._graphs.popitem(last=False)
+            self._graphs[key] = EncoderGraph(self.encoder, x.detach(), self.capture)
         self._graphs.move_to_end(key)
         return self._graphs[key]
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ..types import SDIFastError
 
+# of attention; all of them compute the same
+PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
 CHANNEL_MULTIPLE = 8  # of f16 and bf16 convolutions on tensor cores
 
 
@@ -201,6 +203,20 @@ class _Packer:
         )
 
 
+def _check_modules(root: nn.Module) -> None:
+    """That no module computes something else than its class says."""
+    for name, module in root.named_modules():
+        where = f"at {name!r}"
+        _expect(not (module._forward_hooks or module._forward_pre_hooks), f"forward hooks {where}")
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            kind = type(module)
+            _expect(kind in (nn.Conv2d, nn.Linear), f"the layer {kind.__name__} {where}")
+        processor = getattr(module, "processor", None)
+        if processor is not None:
+            kind = type(processor)
+            _expect(kind.__name__ in PROCESSORS, f"the processor {kind.__name__} {where}")
+
+
 def _double(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.detach().double()
 
@@ -223,6 +239,9 @@ def pack_encoder(vae: Any, dtype: torch.dtype | None = None) -> PackedEncoder:
     _expect(type(vae).__name__ == "AutoencoderKL", f"the class {type(vae).__name__}")
     _expect(not vae.use_tiling and not vae.use_slicing, "tiling and slicing")
     e = vae.encoder
+    _check_modules(e)
+    if vae.quant_conv is not None:
+        _check_modules(vae.quant_conv)
     first = e.conv_in.weight
     p = _Packer(dtype or first.dtype, first.device)
     p.check_conv(e.conv_in, 3, padding=1)

@@ -91,7 +91,12 @@ def _projections(
     return tl.sum(s1) / total, tl.sum(s2) / total
 
 
-@triton.jit(do_not_specialize=("step", "draw", "n_levels", "batch"))
+# Rows of one tensor come at all alignments: a variant for each would have to be compiled in a
+# graph's capture, which CUDA refuses.
+@triton.jit(
+    do_not_specialize=("step", "draw", "n_levels", "batch"),
+    do_not_specialize_on_alignment=("levels", "t", "t_next", "neg_weights", "lengths", "noise"),
+)
 def _guided_step(
     outputs: tl.tensor,  # [K, B, C, P], or [K, B, P, C]
     x: tl.tensor,  # [B, C, P]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from ..reference import group_norm_silu as reference
 from ..types import SDIFastError
+from ._checks import check_tensor
 from ._native import resolve_backend
 
 
@@ -28,6 +30,7 @@ def group_norm_silu_fwd(
 ) -> tuple[Tensor, Tensor]:
     """silu(gn(x + shift)) like x, and mean and 1 / std of each group, [2, B, G] f32 or f64."""
     _check(x, weight, bias, shift, n_groups)
+    shift, weight, bias = _contiguous(shift, weight, bias)
     return _of(x, backend).group_norm_silu_fwd(
         x.contiguous(), shift, weight, bias, n_groups, eps, silu
     )
@@ -46,24 +49,32 @@ def group_norm_silu_bwd(
     backend: str = "auto",
 ) -> Tensor:
     """The gradient of x, [B, P, C]."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    check_tensor("statistics", statistics, (2, x.shape[0], None), dtype=wide, like=x)
     _check(x, weight, bias, shift, statistics.shape[2])
     for name, value in (("grad", grad), ("addend", addend)):
-        if value is not None and value.shape != x.shape:
-            raise SDIFastError(f"{name}: expected shape {list(x.shape)}, got {list(value.shape)}")
+        if value is not None:
+            check_tensor(name, value, tuple(x.shape), like=x)
+    shift, weight, bias = _contiguous(shift, weight, bias)
     return _of(x, backend).group_norm_silu_bwd(
-        grad.contiguous(), x.contiguous(), shift, weight, bias, statistics,
+        grad.contiguous(), x.contiguous(), shift, weight, bias, statistics.contiguous(),
         None if addend is None else addend.contiguous(), silu,
     )  # fmt: skip
 
 
 def _of(x: Tensor, backend: str) -> ModuleType:
-    if backend == "auto" and x.is_cuda:
-        backend = "triton"
     if resolve_backend("group_norm_silu", x, backend, ("triton",)) == "reference":
         return reference
     from ..kernels import group_norm_silu as kernels  # here, since Triton is optional
 
     return kernels
+
+
+def _contiguous(
+    shift: Tensor | None, weight: Tensor, bias: Tensor
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    given = None if shift is None else shift.contiguous()
+    return given, weight.contiguous(), bias.contiguous()
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, n_groups: int) -> None:
@@ -72,7 +83,5 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, n_grou
             f"x: expected [B, P, C] with C divisible by {n_groups}, got {list(x.shape)}"
         )
     for name, value in (("weight", weight), ("bias", bias), ("shift", shift)):
-        if value is not None and value.shape != x.shape[2:]:
-            raise SDIFastError(
-                f"{name}: expected shape {list(x.shape[2:])}, got {list(value.shape)}"
-            )
+        if value is not None:
+            check_tensor(name, value, (x.shape[2],), dtype=value.dtype, like=x)

@@ -17,10 +17,8 @@ from torch import Tensor
 from ..reference.guided_step import guided_step as guided_step_reference
 from ..types import SDIFastError, StepSpec
 from ._checks import check_tensor
-from ._native import call, extension, has_cuda, resolve_backend
+from ._native import call, extension, resolve_backend
 
-# What "auto" takes for cuda tensors where both are there; to be settled by measurement.
-CUDA_BACKEND = "cuda"
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -42,13 +40,14 @@ def guided_step(
 ) -> tuple[Tensor, Tensor]:
     """x at t_next (or z), and the guided eps, both [B, C, h, w] in x's dtype.
 
-    outputs may be contiguous or channels_last, [K, B, h, w, C] in memory.
+    outputs may be contiguous or channels_last, [K, B, h, w, C] in memory. Without noise and rng no
+    noise is added, whatever spec.eta says. A t beyond the last level counts as that.
     """
     _check(outputs, x, levels, (t, t_next, lengths), neg_weights, (noise, rng))
     if spec.eta == 0.0 or t_next is None:
         noise = rng = None
     weights = None if neg_weights is None else neg_weights.to(x.dtype)
-    chosen = _choose(x, backend)
+    chosen = resolve_backend("guided_step", x, backend, ("cpu", "cuda", "triton"))
     if chosen == "reference":
         return guided_step_reference(
             outputs, x, levels, t, t_next, weights, spec,
@@ -59,12 +58,6 @@ def guided_step(
         [step, draw, spec.paper_convention, spec.v_prediction],
         [float(spec.scale), float(spec.eta)], chosen,
     )  # fmt: skip
-
-
-def _choose(x: Tensor, backend: str) -> str:
-    if backend == "auto" and x.is_cuda:
-        backend = CUDA_BACKEND if has_cuda() else "triton"
-    return resolve_backend("guided_step", x, backend, ("cpu", "cuda", "triton"))
 
 
 def _check(
