@@ -96,8 +96,8 @@ def test_group_norm_with_a_mean_far_above_the_deviation(splits: int) -> None:
 
 
 def test_splits_fill_the_gpu() -> None:
-    assert default_splits(128, 4096) == 1 and default_splits(32, 4096) == 4
-    assert default_splits(32, 64) == 1, "64 rows are not worth sharing"
+    assert default_splits(4, 64, 32, 40) == 1 and default_splits(4, 4096, 32, 10) == 32
+    assert default_splits(1, 4096, 32, 10) == 64, "fewer samples, shorter shares"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
