@@ -28,18 +28,17 @@ def _read(
     row: tl.tensor,  # [rows, 1] i64, of all samples
     channel: tl.tensor,  # [1, channels]
     mask: tl.tensor,
-    other: tl.tensor,  # where the mask is not set
     c_x: tl.tensor,
     c_skip: tl.tensor,
     has_skip: tl.constexpr,
 ) -> tl.tensor:
     """The parts side by side."""
     if has_skip:
-        left = tl.load(x + row * c_x + channel, mask=mask & (channel < c_x), other=other)
+        left = tl.load(x + row * c_x + channel, mask=mask & (channel < c_x), other=0.0)
         at = skip + row * c_skip + (channel - c_x)
-        right = tl.load(at, mask=mask & (channel >= c_x), other=other)
+        right = tl.load(at, mask=mask & (channel >= c_x), other=0.0)
         return tl.where(channel < c_x, left, right)
-    return tl.load(x + row * c_x + channel, mask=mask, other=other)
+    return tl.load(x + row * c_x + channel, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=("n_rows", "n_groups", "size", "rows_a_split"))
@@ -58,6 +57,7 @@ def _group_norm_sums(
     slab: tl.constexpr,  # channels of a program, whole groups
     tile_rows: tl.constexpr,
     steps: tl.constexpr,  # tiles whose reads are in flight at once
+    turns: tl.constexpr,  # of so many tiles
     tile_channels: tl.constexpr,  # slab or a little more
     tile_groups: tl.constexpr,
     has_skip: tl.constexpr,
@@ -71,16 +71,17 @@ def _group_norm_sums(
     start = split * rows_a_split
     stop = tl.minimum(start + rows_a_split, n_rows)
     top = sample * n_rows
-    pivot = _read(x, skip, top + start, channel, real, 0.0, c_x, c_skip, has_skip)
+    pivot = _read(x, skip, top + start, channel, real, c_x, c_skip, has_skip)
     total = tl.zeros([tile_rows, tile_channels], tl.float32)
     squares = tl.zeros([tile_rows, tile_channels], tl.float32)
-    for tile in range(start, stop, tile_rows * steps):
+    for turn in range(turns):
+        tile = start + turn * (tile_rows * steps)
         values = ()
         for step in tl.static_range(steps):
             row = tile + step * tile_rows + tl.arange(0, tile_rows)[:, None]
-            mask = (row < stop) & real
-            value = _read(x, skip, top + row, channel, mask, pivot, c_x, c_skip, has_skip)
-            values = values + (value,)
+            # beyond the end the first row again, which is the pivot and adds nothing
+            row = top + tl.where(row < stop, row, start)
+            values = values + (_read(x, skip, row, channel, real, c_x, c_skip, has_skip),)
         for step in tl.static_range(steps):
             off = values[step].to(tl.float32) - pivot.to(tl.float32)
             total += off
@@ -94,7 +95,7 @@ def _group_norm_sums(
     n_here = slab // size  # groups of a slab
     of_all = tl.program_id(1) * n_here + group
     stored = (group < n_here) & (of_all < n_groups)
-    centre = _read(x, skip, top + start, of_all * size, stored, 0.0, c_x, c_skip, has_skip)
+    centre = _read(x, skip, top + start, of_all * size, stored, c_x, c_skip, has_skip)
     centre = centre.to(tl.float32)
     if has_shift:
         row = shift + sample * shift_stride
