@@ -13,14 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INV_SQRT2 = tl.constexpr(0.7071067811865476)
-
-
-@triton.jit
-def gelu(x: tl.tensor) -> tl.tensor:
-    """The exact one."""
-    return 0.5 * x * (1.0 + tl.erf(x * INV_SQRT2))
-
+from .activations import gelu
 
 @triton.jit
 def _geglu(

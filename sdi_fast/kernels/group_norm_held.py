@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .silu import silu as apply_silu
+from .activations import silu as apply_silu
 
 
 @triton.jit

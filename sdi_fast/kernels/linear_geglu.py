@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .geglu import gelu
+from .activations import gelu
 
 GROUP_M = 8
 
@@ -41,7 +41,7 @@ class Tile:
 
 
 # Two programs a processor (96 KiB of 227 and 120 registers of 8 warps each): one's epilogue, whose
-# erf takes as long as 5 blocks of the product, runs beside the other's product.
+# gelu takes as long as 2 blocks of the product, runs beside the other's product.
 PAIRED = Tile(128, 64)
 # One program a processor, whose product reads less: 48 KiB rather than 64 for as many results.
 SINGLE = Tile(128, 128, stages=4)

@@ -78,7 +78,11 @@ class Choices:
         compiled: Collection[str],
     ) -> None:
         times, failures = {}, {}
-        _call_in_threads([candidates[name] for name in compiled if name in candidates])
+        self.timer = None  # for choices inside of the candidates: not from threads
+        try:
+            _call_in_threads([candidates[name] for name in compiled if name in candidates])
+        finally:
+            self.timer = timer
         idle = timer.measure(lambda: None, warm)
         for name, function in candidates.items():
             try:
