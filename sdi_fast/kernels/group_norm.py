@@ -148,7 +148,8 @@ def _launch_rows(
     channels = (s.c_x, s.c_skip, s.shift_stride, s.n_groups, s.size, rows_a_split)
     _group_norm_sums[(splits, slabs, s.batch)](
         *tensors, partial, s.n_rows, *channels, slab=slab, tile_rows=tile_rows, steps=steps,
-        turns=triton.cdiv(rows_a_split, steps * tile_rows), tile_channels=tile_channels, tile_groups=triton.next_power_of_2(groups),
+        turns=triton.cdiv(rows_a_split, steps * tile_rows), tile_channels=tile_channels,
+        tile_groups=triton.next_power_of_2(groups),
         num_warps=sum_warps, **flags,
     )  # fmt: skip
     block = math.gcd(s.c_x, BLOCK) if s.c_skip else BLOCK

@@ -1,6 +1,6 @@
 """Group norm in one launch: a program holds a group of a sample in registers.
 
-Twin: group_norm of sdi_fast/reference/unet_ops.py; see group_norm.py for the formula and the choice.
+Twin: group_norm of sdi_fast/reference/unet_ops.py; formula and choice: group_norm.py.
 
 Mapping: the lanes run over the group's vectors of vec neighbouring channels (a group has 10 to 80
 channels in a row, so that whole rows would leave lanes idle), 8 numbers a thread and step, all
@@ -90,7 +90,7 @@ def _group_norm_held(
         if has_shift:
             at = shift + sample * shift_stride + channel
             value += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        held = held + (value,)
+        held = held + (value,)  # type: ignore[assignment]
         total += value
     # of the first step, so that they are in L1 when they are needed
     w0 = tl.load(weight + _channel(lanes, group, per, vec)).to(tl.float32)

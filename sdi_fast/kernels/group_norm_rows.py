@@ -1,6 +1,6 @@
 """Group norm in two launches over blocks of rows, for images too large to hold.
 
-Twin: group_norm of sdi_fast/reference/unet_ops.py; see group_norm.py for the formula and the choice.
+Twin: group_norm of sdi_fast/reference/unet_ops.py; formula and choice: group_norm.py.
 
 Mapping: the first kernel's programs take some rows of a slab of whole groups, about 128 channels
 (10 channels a group in slabs of 120: 240 bytes of f16 a row), and leave each group's mean and sum
@@ -81,7 +81,8 @@ def _group_norm_sums(
             row = tile + step * tile_rows + tl.arange(0, tile_rows)[:, None]
             # beyond the end the first row again, which is the pivot and adds nothing
             row = top + tl.where(row < stop, row, start)
-            values = values + (_read(x, skip, row, channel, real, c_x, c_skip, has_skip),)
+            value = _read(x, skip, row, channel, real, c_x, c_skip, has_skip)
+            values = values + (value,)  # type: ignore[assignment]
         for step in tl.static_range(steps):
             off = values[step].to(tl.float32) - pivot.to(tl.float32)
             total += off

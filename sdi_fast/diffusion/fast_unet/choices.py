@@ -59,7 +59,7 @@ class Choices:
 
     def _recall(self, key: Hashable, candidates: Mapping[str, Callable[[], Tensor]]) -> None:
         """Takes the stored choice, if it is one here and runs."""
-        name = self.stored.pop(str(key), None)
+        name = self.stored.pop(str(key), "")
         if name not in candidates:
             return
         try:
