@@ -40,7 +40,7 @@ class Tile:
         return f"{size} {self.warps} warps {self.stages} stages{' TMA' if self.tma else ''}"
 
 
-# Two programs a processor (96 KiB of 227 and 120 registers of 8 warps each): one's epilogue, whose
+# Two programs a processor (96 KiB of 227, 8 warps of 107 registers each): one's epilogue, whose
 # gelu takes as long as 2 blocks of the product, runs beside the other's product.
 PAIRED = Tile(128, 64)
 # One program a processor, whose product reads less: 48 KiB rather than 64 for as many results.
