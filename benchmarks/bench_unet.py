@@ -5,7 +5,7 @@
 Random weights; 64 x 64 latents; 77 tokens; 0.804 TFLOP a sample. Every candidate's output is
 compared with f32 before it is timed, and ours with its own eager result after capture. "shared"
 is ours where all rows are conditions of one latent, as guidance asks for them; "tuned" measures
-every choice among kernels first, which takes about two minutes at the first shape. A call's peak is
+every choice among kernels first; --store keeps them for all users of such a GPU. A call's peak is
 what it allocates beyond the weights.
 """
 
@@ -27,6 +27,7 @@ from harness import RESULTS, compare, report
 from torch import Tensor, nn
 
 from sdi_fast.diffusion.fast_unet import CapturedUNet, FastUNet, FastUNetOptions
+from sdi_fast.diffusion.fast_unet.choices import store
 
 TFLOP_A_SAMPLE = 0.804
 SD21_BASE: dict[str, Any] = dict(
@@ -63,6 +64,7 @@ class Args:
     dtype: str = "float16"
     profile: bool = True  # ours, by kernel, at the batch nearest to 4
     name: str = "unet"  # of the file of results
+    store: bool = False  # what was measured, for all users of such a GPU
     options: FastUNetOptions = dataclasses.field(default_factory=FastUNetOptions)
 
 
@@ -145,7 +147,7 @@ class Models:
         """`kind`: "eager", "tuned" or "compile"."""
         changes: dict[str, Any] = {"mode": "compile"} if kind == "compile" else {}
         if kind == "tuned":
-            changes = TUNED
+            changes = {**TUNED, "stored": False}
         options = dataclasses.replace(self.args.options, **changes)
         return self.get(f"fast {kind}", lambda: FastUNet(self.plain(), options))
 
@@ -343,6 +345,9 @@ def main(args: Args) -> None:
             fast = models.fast(what)
             profile(fast, what, batch)
             show_choices(fast, RESULTS / f"{args.name}_choices_{what}.json")
+    if args.store and "fast tuned" in models.made:
+        fast = models.fast("tuned")
+        print(f"stored in {store(fast.choices, fast.device)}")
 
 
 if __name__ == "__main__":

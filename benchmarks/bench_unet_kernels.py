@@ -9,6 +9,7 @@ the network. GB/s counts what has to move: inputs once, results once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,8 +37,8 @@ class Args:
 
     batch: int = 4
     rounds: int = 20
-    splits: tuple[int, ...] = (0, 1, 2, 4, 8)  # of group norms; 0: the default
-    warps: tuple[int, ...] = (0, 8, 32)  # of their programs; 0: the default
+    splits: tuple[int, ...] = (0, 1, 16, 32, 64)  # of group norms; 0: the default, 1: one launch
+    warps: tuple[int, ...] = (0,)  # of their programs; 0: the default
 
 
 def graphed(function: Callable[[], Any]) -> Callable[[], None]:
@@ -63,12 +64,26 @@ def bench(
     for t in timings:
         us = 1e3 * t.median_ms / REPEATS
         row[t.name] = {"us": round(us, 2), "gb_s": round(n_bytes / us / 1e3, 1)}
-        print(f"{name:34}{t.name:12}{us:9.2f} us{n_bytes / us / 1e3:9.0f} GB/s")
+        print(f"{name:34}{t.name:32}{us:9.2f} us{n_bytes / us / 1e3:9.0f} GB/s")
     return row
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def bench_linear_geglu(m: int, c: int, n: int, rounds: int) -> dict[str, Any]:
+    """In one kernel and in two; the bytes are those of one."""
+    x, weight = randn(m, c), randn(8 * c, c) * c**-0.5
+    bias = randn(8 * c, dtype=torch.float32)
+    variants = {
+        "reference": lambda: unet_ops.linear_geglu(x, weight, bias, backend="reference"),
+        "two": lambda: unet_ops.geglu(torch.mm(x, weight.t()), bias, backend="triton"),
+    }
+    for tile in unet_ops.linear_geglu_tiles(m, c):
+        run = functools.partial(unet_ops.linear_geglu, x, weight, bias, tile=tile)
+        variants[str(tile)] = run
+    return bench(f"linear_geglu {n} x {c}", variants, 2 * (m + 8 * c) * c + 8 * m * c, rounds)
 
 
 @torch.no_grad()
@@ -109,6 +124,7 @@ def main(args: Args) -> None:
         }
         name = f"geglu {n} x {c}"
         rows[name] = bench(name, gate, 24 * m * c, args.rounds)
+        rows[f"linear_geglu {n} x {c}"] = bench_linear_geglu(m, c, n, args.rounds)
     big = randn(2**28)
     copy = compare([("copy", lambda: big.clone())], rounds=args.rounds)
     report(

@@ -7,13 +7,15 @@ zero lest it hide the rest.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from conftest import relative_error
 from tiny_sd import build_models
-from torch import Tensor, nn
+from torch import nn
+from unets import SD21, build, inputs, randomise, sd15_topology, sd21_topology
 
 from sdi_fast.diffusion.denoiser import Denoiser, make_denoiser
 from sdi_fast.diffusion.fast_unet import CapturedUNet, FastUNet, FastUNetOptions, GraphedUNet
@@ -24,40 +26,6 @@ from sdi_fast.ops.unet_ops import interleave_phases
 from sdi_fast.types import SDIFastError
 
 TOLERANCE = 1e-5
-N_TOKENS = 7
-SD21 = dict(  # stabilityai/stable-diffusion-2-1-base
-    sample_size=64,
-    block_out_channels=(320, 640, 1280, 1280),
-    cross_attention_dim=1024,
-    attention_head_dim=[5, 10, 20, 20],
-    use_linear_projection=True,
-)
-
-
-def build(**settings: Any) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(**settings)
-
-
-def sd21_topology(**changes: Any) -> Any:
-    """Four levels, linear projections and 1 to 3 heads, at a twentieth of the width."""
-    settings: dict[str, Any] = dict(
-        sample_size=16,
-        block_out_channels=(16, 32, 48, 48),
-        cross_attention_dim=24,
-        attention_head_dim=[1, 2, 3, 3],
-        use_linear_projection=True,
-        norm_num_groups=8,
-    )
-    return build(**{**settings, **changes})
-
-
-def sd15_topology() -> Any:
-    """8 heads at every level, 1 x 1 convolutions as projections, two transformer blocks."""
-    return sd21_topology(
-        attention_head_dim=8, use_linear_projection=False, transformer_layers_per_block=2
-    )
 
 
 def toyworld() -> Any:
@@ -82,29 +50,10 @@ UNETS = {
 }
 
 
-def randomise(unet: Any, bias_std: float = 0.3) -> Any:
-    for parameter in unet.parameters():
-        if parameter.ndim == 1:
-            nn.init.normal_(parameter, std=bias_std)
-    nn.init.zeros_(unet.conv_out.bias)
-    return unet
-
-
 @pytest.fixture(scope="module", params=UNETS)
 def unet(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
     return UNETS[request.param]().eval().requires_grad_(False)
-
-
-def inputs(
-    unet: Any, batch: int, n_conditions: int, size: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Different t in the rows, the first negative."""
-    size = size or unet.config.sample_size
-    x = torch.randn(batch, 4, size, size)
-    t = torch.tensor([-99, 0, 731, 999][:batch])
-    context = torch.randn(n_conditions * batch, N_TOKENS, unet.config.cross_attention_dim)
-    return x, t, context
 
 
 @pytest.mark.parametrize("upsample", ["phase", "nearest", "measured"])
@@ -167,7 +116,12 @@ def test_rows_do_not_depend_on_their_batch(small: Any) -> None:
         assert relative_error(together[i : i + 1], alone) < TOLERANCE
 
 
-@pytest.mark.parametrize("kernels", ["auto", "triton"])
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU"
+)
+
+
+@pytest.mark.parametrize("kernels", ["auto", pytest.param("triton", marks=interpreted)])
 def test_half_precision_rule(small: Any, kernels: str) -> None:
     """Error of bf16 against f32 at most twice that of diffusers' own bf16 (style.md 4)."""
     if kernels == "triton":
@@ -183,6 +137,7 @@ def test_half_precision_rule(small: Any, kernels: str) -> None:
     assert relative_error(fast.predict(x, t, context), exact) <= 2.0 * theirs
 
 
+@interpreted
 def test_triton_kernels_agree_with_the_twins_in_the_whole(small: Any) -> None:
     pytest.importorskip("triton")
     x, t, context = inputs(small, 1, 2, size=8)
@@ -194,6 +149,7 @@ def test_triton_kernels_agree_with_the_twins_in_the_whole(small: Any) -> None:
     assert relative_error(results[1], results[0]) < TOLERANCE
 
 
+@interpreted
 @pytest.mark.parametrize("conv", ["triton", "padded"])
 def test_every_way_to_convolve_agrees(conv: str) -> None:
     pytest.importorskip("triton")
@@ -310,71 +266,32 @@ def test_the_factory(small: Any) -> None:
     assert fast.n_calls == plain.n_calls == 1
 
 
-def test_choices_keep_the_first_where_nothing_is_measured() -> None:
-    choices = Choices()
-    one, two = torch.tensor(1), torch.tensor(2)
-    candidates = {"one": lambda: one, "two": lambda: two}
-    assert choices.pick("key", candidates) is one
-    choices.table["key"] = "two"
-    assert choices.pick("key", candidates) is two
-
-
-def test_choices_take_the_fastest_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Clock:
-        """Each candidate's result is its time; nothing takes 1."""
-
-        def __init__(self, device: torch.device) -> None: ...
-
-        def measure(self, function: Any, warm: Any) -> float:
-            result = function()
-            return 1.0 if result is None else 1.0 + float(result)
-
-    def broken() -> Tensor:
-        raise RuntimeError("no kernel")
-
-    monkeypatch.setattr("sdi_fast.diffusion.fast_unet.choices.Timer", Clock)
-    choices = Choices()
-    candidates = {"slow": lambda: torch.tensor(3.0), "fast": lambda: torch.tensor(2.0)}
-    choices.start(torch.device("cpu"))
-    assert choices.pick("key", {"broken": broken, **candidates}) == 2.0
-    choices.stop()
-    assert choices.pick("key", candidates) == 2.0, "what was measured is kept"
-    summary = choices.summary()["key"]
-    assert summary["chosen"] == "fast" and summary["us"] == {"slow": 3.0, "fast": 2.0}
-    assert "no kernel" in summary["failed"]["broken"]
-    choices.start(torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="no candidate"):
-        choices.pick("other", {"broken": broken, "too": broken})
-
-
-def full_size(dtype: torch.dtype) -> Any:
-    """SD 2.1-base with random weights, scaled so that activations stay sane."""
+@pytest.fixture(scope="module")
+def full_size() -> Any:
+    """SD 2.1-base with random weights, scaled so that activations stay sane; its inputs; f32's
+    result; and the error of diffusers in f16."""
+    torch.manual_seed(0)
     with torch.device("cuda"):
-        return randomise(build(**SD21), 0.1).eval().requires_grad_(False).to(dtype)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("geglu", "conv"),
-    [("separate", "cudnn"), ("fused", "padded"), ("measured", "measured")],  # the last: minutes
-)
-def test_half_precision_rule_at_full_size(geglu: str, conv: str) -> None:
-    unet = full_size(torch.float16)
+        unet = randomise(build(**SD21), 0.1).eval().requires_grad_(False).half()
     x, t = torch.randn(1, 4, 64, 64, device="cuda"), torch.tensor([-99], device="cuda")
     context = torch.randn(4, 77, 1024, device="cuda")
     rows = (x.repeat(4, 1, 1, 1), t.repeat(4), context)
     theirs = Denoiser(unet).predict(*rows)
-    fast = FastUNet(unet, FastUNetOptions(geglu=geglu, conv=conv))
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        exact = Denoiser(copy.deepcopy(unet).float()).predict(*rows)
+    return unet, (x, t, context), exact, relative_error(theirs, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("geglu", "conv"), [("separate", "cudnn"), ("fused", "padded")])
+def test_half_precision_rule_at_full_size(full_size: Any, geglu: str, conv: str) -> None:
+    unet, (x, t, context), exact, error = full_size
+    fast = FastUNet(unet, FastUNetOptions(geglu=geglu, conv=conv, stored=False))
     cache = fast.prepare(context)
-    fast.warm_up(x, t, cache)
-    ours = fast.predict_prepared(x, t, cache)
     captured = CapturedUNet(fast, 1, (64, 64), cache)
     assert captured.check() < 1e-3
-    replayed = captured(x, t).clone()
-    exact = Denoiser(unet.float()).predict(*rows)
-    bound = 2.0 * relative_error(theirs, exact)
-    assert relative_error(ours, exact) <= bound
-    assert relative_error(replayed, exact) <= bound
+    for ours in (fast.predict_prepared(x, t, cache), captured(x, t)):
+        assert relative_error(ours, exact) <= 2.0 * error
 
 
 @pytest.mark.gpu

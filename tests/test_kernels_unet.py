@@ -6,18 +6,23 @@ f16 and bf16: inputs are rounded, sums are not: one rounding of the result, 2^-1
 
 from __future__ import annotations
 
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import CHILD_CWD, relative_error
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
 
 from sdi_fast.kernels.conv3x3 import ConvTile, conv_tiles
 from sdi_fast.kernels.group_norm import default_splits
-from sdi_fast.kernels.linear_geglu import Tile
+from sdi_fast.kernels.linear_geglu import Tile, geglu_tiles
 from sdi_fast.ops import unet_ops
 from sdi_fast.reference import unet_ops as twin
 from sdi_fast.types import SDIFastError
@@ -27,6 +32,12 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**
 DTYPES = list(TOLERANCE)
 # Triton's interpreter takes bf16's bits for integers in tl.dot
 DOT_DTYPES = DTYPES if DEVICE == "cuda" else [torch.float32, torch.float16]
+
+
+def combine(step: int, *values: Any) -> list[tuple[Any, ...]]:
+    """All combinations; on a GPU, where each is compiled, every step-th, which meets all values."""
+    every = list(itertools.product(*values))
+    return every[::step] if DEVICE == "cuda" else every
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -41,9 +52,10 @@ def group_norm_case(
     return parts, randn(c), randn(c)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("splits", [1, 3, 16])
-@pytest.mark.parametrize("sizes", [(20,), (12, 8), (15,), (32, 28)])
+@pytest.mark.parametrize(
+    ("sizes", "splits", "dtype"),
+    combine(5, [(20,), (12, 8), (15,), (32, 28)], [1, 3, 16], DTYPES),
+)
 def test_group_norm(sizes: tuple[int, ...], splits: int, dtype: torch.dtype) -> None:
     """Groups of 4, 3 and 12 channels; parts that end inside of a group."""
     parts, weight, bias = group_norm_case(sizes, dtype=dtype)
@@ -57,9 +69,23 @@ def test_group_norm(sizes: tuple[int, ...], splits: int, dtype: torch.dtype) -> 
     assert relative_error(ours, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize(("sizes", "n_rows"), [((320,), 37), ((320, 640), 130), ((1280,), 16)])
+@pytest.mark.parametrize("splits", [0, 1, 2])
+def test_group_norm_at_the_networks_widths(
+    sizes: tuple[int, ...], n_rows: int, splits: int
+) -> None:
+    """32 groups of 10, 30 and 40 channels in slabs of 120, the last one not full."""
+    parts, weight, bias = group_norm_case(sizes, n_rows, batch=1, dtype=torch.float16)
+    shift = randn(1, sum(sizes), dtype=torch.float16)
+    options: dict[str, Any] = dict(n_groups=32, eps=1e-5, silu=True)
+    ours = unet_ops.group_norm(
+        parts, weight, bias, shift, splits=splits, backend="triton", **options
+    )
+    expected = twin.group_norm([p.float() for p in parts], weight, bias, shift, **options)
+    assert relative_error(ours, expected) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize(("rows", "silu", "splits"), combine(3, [1, 2], [True, False], [1, 2]))
 def test_group_norm_adds_the_shift(rows: int, silu: bool, splits: int) -> None:
     parts, weight, bias = group_norm_case((8, 12))
     table = 3.0 * randn(rows, 50)
@@ -96,13 +122,14 @@ def test_group_norm_with_a_mean_far_above_the_deviation(splits: int) -> None:
 
 
 def test_splits_fill_the_gpu() -> None:
-    assert default_splits(128, 4096) == 1 and default_splits(32, 4096) == 4
-    assert default_splits(32, 64) == 1, "64 rows are not worth sharing"
+    assert default_splits(4, 64, 32, 40) == 1 and default_splits(4, 4096, 32, 10) == 32
+    assert default_splits(1, 4096, 32, 10) == 64, "fewer samples, shorter shares"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 5), (9, 20), (6, 64), (5, 130)])
-@pytest.mark.parametrize("with_shift", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "with_shift", "dtype"),
+    combine(5, [(1, 5), (9, 20), (6, 64), (5, 130)], [True, False], DTYPES),
+)
 def test_layer_norm(shape: tuple[int, int], dtype: torch.dtype, with_shift: bool) -> None:
     x, weight, bias = randn(*shape, dtype=dtype), randn(shape[1]), randn(shape[1])
     shift = 2.0 * randn(shape[1]) if with_shift else None
@@ -112,8 +139,7 @@ def test_layer_norm(shape: tuple[int, int], dtype: torch.dtype, with_shift: bool
     assert relative_error(ours, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 2), (9, 40), (17, 514)])
+@pytest.mark.parametrize(("shape", "dtype"), combine(2, [(1, 2), (9, 40), (17, 514)], DTYPES))
 def test_geglu(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, bias = 3.0 * randn(*shape, dtype=dtype), randn(shape[1])
     ours = unet_ops.geglu(x, bias, backend="triton")
@@ -133,9 +159,10 @@ def assert_rounded_once(ours: Tensor, expected: Tensor, dtype: torch.dtype) -> N
     assert relative_error(ours, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
-@pytest.mark.parametrize("shape", [(1, 16, 2), (70, 72, 6), (33, 40, 160)])  # M, K, 2 F
-@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "tma", "dtype"),
+    combine(5, [(1, 16, 2), (70, 72, 6), (33, 40, 160)], [False, True], DOT_DTYPES),  # M, K, 2 F
+)
 def test_linear_geglu(shape: tuple[int, int, int], dtype: torch.dtype, tma: bool) -> None:
     """Sizes that are no multiples of the tile; the inner one below and above its 32."""
     m, k, f2 = shape
@@ -146,9 +173,9 @@ def test_linear_geglu(shape: tuple[int, int, int], dtype: torch.dtype, tma: bool
     assert_rounded_once(ours, expected, dtype)
 
 
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize(
+    ("splits", "with_residual", "dtype"), combine(5, [1, 4], [True, False], DOT_DTYPES)
+)
 def test_conv3x3(splits: int, with_residual: bool, dtype: torch.dtype) -> None:
     """An odd image, channels and filters that are no multiples of the tile."""
     x, weight = randn(2, 5, 7, 40, dtype=dtype), randn(36, 3, 3, 40, dtype=dtype)
@@ -159,9 +186,9 @@ def test_conv3x3(splits: int, with_residual: bool, dtype: torch.dtype) -> None:
     assert_rounded_once(ours, twin.conv3x3(x.float(), weight.float(), given), dtype)
 
 
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize(
+    ("splits", "with_residual", "dtype"), combine(5, [1, 4], [True, False], DOT_DTYPES)
+)
 def test_conv3x3_padded(splits: int, with_residual: bool, dtype: torch.dtype) -> None:
     """Two images, so that one's border lies beside the other; 36 filters in tiles of 32."""
     x, weight = randn(2, 5, 7, 64, dtype=dtype), randn(36, 3, 3, 64, dtype=dtype)
@@ -185,11 +212,27 @@ def test_group_norm_writes_the_margin(splits: int) -> None:
     assert relative_error(ours, expected) < TOLERANCE[torch.float32]
 
 
-def test_conv_tiles_fill_the_gpu() -> None:
+def test_tiles_fill_the_gpu() -> None:
     for n_pixels, filters, channels in ((256, 1280, 2560), (1024, 1280, 1280), (16384, 320, 320)):
         tiles = conv_tiles(n_pixels, filters, channels)
-        assert tiles and len(set(tiles)) == len(tiles)
-    assert all(t.splits > 1 for t in conv_tiles(256, 1280, 2560) if t.block_m * t.block_n > 8192)
+        assert len(set(tiles)) == len(tiles) == 3, "few, since each is compiled and measured"
+        for t in tiles:
+            programs = -(-n_pixels // t.block_m) * -(-filters // t.block_n) * t.splits
+            assert programs >= 66, t
+    for n_rows, n_inner in ((16384, 320), (256, 1280), (1, 320)):
+        assert 2 <= len(geglu_tiles(n_rows, n_inner, True)) <= 3
+
+
+def test_gelu_is_nearer_to_the_truth_than_torchs() -> None:
+    gate = torch.linspace(-12.0, 12.0, 2**16)
+    x = torch.cat([torch.ones(16, 2**12), gate.view(16, -1)], 1).to(DEVICE)
+    ours = unet_ops.geglu(x, torch.zeros(2**13, device=DEVICE), backend="triton")
+    ours = ours.flatten().cpu().double()
+    exact = 0.5 * gate.double() * torch.erfc(-gate.double() / 2**0.5)
+    theirs = torch.nn.functional.gelu(gate).double()
+    assert (ours - exact).abs().max() <= (theirs - exact).abs().max()
+    tail = (gate < -0.1) & (gate > -5.0)
+    assert ((ours - exact) / exact).abs()[tail].max() < 1e-5, "no cancellation of 1 + erf"
 
 
 def test_empty_batches() -> None:
@@ -228,3 +271,45 @@ def test_bad_arguments_are_named() -> None:
     }.items():
         with pytest.raises(SDIFastError, match=message):
             call()
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sdi_fast.kernels import geglu, group_norm_held, group_norm_rows, layer_norm
+
+common = dict(has_skip=True, has_shift=True)
+rows = dict(tile_channels=64, tile_groups=8, tile_rows=16)
+flags = dict(silu=True, padded=True)
+vectors = dict(n_lanes=256, steps=2, per=5, vec=8, exact=False)
+for kernel, constants in (
+    (group_norm_held._group_norm_held, vectors | common | flags),
+    (group_norm_rows._group_norm_sums, rows | common | dict(slab=60, steps=4, turns=2)),
+    (group_norm_rows._group_norm_write, rows | common | flags | dict(splits_pad=16)),
+    (geglu._geglu, dict(block=128, rows=16)),
+    (layer_norm._layer_norm, dict(n_channels=320, block=512, rows=8, has_shift=True)),
+):
+    types = {name: "i32" for name in kernel.arg_names}
+    types |= {n: "*fp16" for n in ("x", "skip", "shift", "out") if n in types}
+    types |= {n: "*fp32" for n in ("weight", "bias", "partial") if n in types}
+    types |= {"eps": "fp32"} if "eps" in types else {}
+    types |= {name: "constexpr" for name in constants}
+    source = ASTSource(kernel, types, constexprs=constants)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+print("compiled")
+"""
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the other tests compile the kernels")
+def test_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
+    # the interpreter takes what the compiler refuses, and knows no PTX
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    child = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        cwd=CHILD_CWD,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert child.stdout.endswith("compiled\n"), child.stderr

@@ -44,32 +44,38 @@ class ConvTile:
         return f"{size} {self.warps} warps {self.stages} stages"
 
 
+# programs that fit on a processor at once; tensor cores' relative speed, as shared memory allows
 SHAPES = (
-    ConvTile(128, 256, stages=3),
-    ConvTile(256, 128, stages=3),
-    ConvTile(128, 128, stages=4),
-    ConvTile(128, 128, warps=4, stages=4),
-    ConvTile(128, 64, warps=4, stages=4),
-    ConvTile(64, 128, warps=4, stages=4),
+    (ConvTile(128, 256, stages=3), 1, 1.0),
+    (ConvTile(128, 128, stages=3), 2, 0.95),
+    (ConvTile(128, 64, warps=4, stages=4), 2, 0.75),
 )
+SPLITS = (1, 2, 3, 4, 6, 8)
+START = 6  # steps that a program's start and end cost
+SPLIT_COST = 0.15  # of adding up splits, in steps a 1000 results of a processor's share each
 
 
 @functools.cache
 def conv_tiles(n_pixels: int, n_filters: int, n_channels: int) -> tuple[ConvTile, ...]:
-    """Tiles worth measuring: few idle processors, no split shorter than 8 blocks of channels."""
-    found = []
-    for shape in SHAPES:
+    """Tiles worth measuring, the likeliest first: of each shape the best number of splits."""
+    costs: dict[ConvTile, float] = {}
+    for shape, together, speed in SHAPES:
         tiles = triton.cdiv(n_pixels, shape.block_m) * triton.cdiv(n_filters, shape.block_n)
         steps = 9 * triton.cdiv(n_channels, shape.block_k)
-        for splits in (1, 2, 3, 4, 6, 8):
-            if splits > 1 and (steps < 8 * splits or tiles * splits > 2 * PROCESSORS):
+        options = {}
+        for splits in SPLITS:
+            if splits > 1 and (steps < 8 * splits or tiles * splits > 4 * PROCESSORS):
                 continue
-            waves = tiles * splits / PROCESSORS
-            if splits == 1 and waves < 0.4:
-                continue
-            if waves / math.ceil(waves) >= 0.6 or waves > 4:
-                found.append(replace(shape, splits=splits))
-    return tuple(found)
+            # steps of the busiest processor, in units of 128 x 128 results
+            turns = math.ceil(tiles * splits / (PROCESSORS * together))
+            shared = min(together, tiles * splits / PROCESSORS)  # programs beside each other
+            size = shape.block_m * shape.block_n / 2**14
+            product = turns * max(shared, 1.0) * size / speed * (steps / splits + START)
+            sums = splits * n_pixels * n_filters / PROCESSORS / 1000 if splits > 1 else 0.0
+            options[replace(shape, splits=splits)] = product + SPLIT_COST * sums
+        tile = min(options, key=lambda t: options[t])
+        costs[tile] = options[tile]
+    return tuple(sorted(costs, key=lambda t: costs[t]))
 
 
 @triton.jit(do_not_specialize=("n_pixels", "height", "width", "steps_a_split"))
@@ -133,7 +139,7 @@ def _conv3x3(
     tl.store(out + at, total.to(out.dtype.element_ty), mask=stored)
 
 
-@triton.jit(do_not_specialize=("n",))
+@triton.jit
 def _add_splits(
     partial: tl.tensor,  # [splits, n] f32
     residual: tl.tensor,  # [n] where has_residual
@@ -165,7 +171,7 @@ def conv3x3(
     out = x.new_empty((b, h, w, f))
     if out.numel() == 0:
         return out
-    tile = tile or SHAPES[2]
+    tile = tile or conv_tiles(n_pixels, f, c)[0]
     steps = 9 * triton.cdiv(c, tile.block_k)
     steps_a_split = triton.cdiv(steps, tile.splits)
     splits = triton.cdiv(steps, steps_a_split)  # none is empty

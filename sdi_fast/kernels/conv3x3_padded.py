@@ -96,7 +96,7 @@ def conv3x3_padded(
     out = x.new_empty((b, h, w, f))
     if out.numel() == 0:
         return out
-    tile = tile or ConvTile(128, 128, stages=4)
+    tile = tile or ConvTile(128, 128, stages=3)
     steps = 9 * c // tile.block_k
     steps_a_split = triton.cdiv(steps, tile.splits)
     splits = triton.cdiv(steps, steps_a_split)  # none is empty

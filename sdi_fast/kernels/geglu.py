@@ -13,13 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INV_SQRT2 = tl.constexpr(0.7071067811865476)
-
-
-@triton.jit
-def gelu(x: tl.tensor) -> tl.tensor:
-    """The exact one."""
-    return 0.5 * x * (1.0 + tl.erf(x * INV_SQRT2))
+from .activations import gelu
 
 
 @triton.jit
@@ -33,14 +27,16 @@ def _geglu(
     rows: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)[:, None]
-    column = tl.program_id(1) * block + tl.arange(0, block)[None, :]
-    real = column < n_columns
-    inside = (row < n_rows) & real
+    lane = tl.program_id(1) * block + tl.arange(0, block)
+    column = lane[None, :]
+    inside = (row < n_rows) & (column < n_columns)
     at = x + row * (2 * n_columns) + column
     value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(at + n_columns, mask=inside, other=0.0).to(tl.float32)
-    value += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
-    gate += tl.load(bias + n_columns + column, mask=real, other=0.0).to(tl.float32)
+    # in one dimension: else Triton moves x, not these, from one layout to another
+    value += tl.load(bias + lane, mask=lane < n_columns, other=0.0).to(tl.float32)[None, :]
+    at_gate = bias + n_columns + lane
+    gate += tl.load(at_gate, mask=lane < n_columns, other=0.0).to(tl.float32)[None, :]
     y = value * gelu(gate)
     tl.store(out + row * n_columns + column, y.to(out.dtype.element_ty), mask=inside)
 
@@ -54,7 +50,7 @@ def geglu(
     out = x.new_empty((n_rows, n_columns))
     if out.numel() == 0:
         return out
-    block, rows = min(256, triton.next_power_of_2(n_columns)), 8
+    block, rows = min(128, triton.next_power_of_2(n_columns)), 16
     grid = (triton.cdiv(n_rows, rows), triton.cdiv(n_columns, block))
     with torch.cuda.device_of(x):
         _geglu[grid](x, bias, out, n_rows, n_columns, block=block, rows=rows, num_warps=4)

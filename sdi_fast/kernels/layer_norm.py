@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+PROCESSORS = 132  # of an H100 or H200
+
 
 @triton.jit
 def _layer_norm(
@@ -30,19 +32,20 @@ def _layer_norm(
     has_shift: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)[:, None]
-    channel = tl.arange(0, block)[None, :]
-    real = channel < n_channels
-    inside = (row < n_rows) & real
-    value = tl.load(x + row * n_channels + channel, mask=inside, other=0.0).to(tl.float32)
+    lane = tl.arange(0, block)  # in one dimension: else Triton moves x from layout to layout
+    real = lane < n_channels
+    inside = (row < n_rows) & real[None, :]
+    at = row * n_channels + lane[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + lane, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(bias + lane, mask=real, other=0.0).to(tl.float32)
     if has_shift:
-        value += tl.load(shift + channel, mask=real, other=0.0).to(tl.float32)
+        value += tl.load(shift + lane, mask=real, other=0.0).to(tl.float32)[None, :]
     mean = tl.sum(value, 1)[:, None] / n_channels
-    off = tl.where(real, value - mean, 0.0)
+    off = tl.where(real[None, :], value - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(off * off, 1)[:, None] / n_channels + eps)
-    w = tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
-    b = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
-    y = off * rstd * w + b
-    tl.store(out + row * n_channels + channel, y.to(out.dtype.element_ty), mask=inside)
+    y = off * rstd * w[None, :] + b[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
 def layer_norm(
@@ -59,7 +62,9 @@ def layer_norm(
     if out.numel() == 0:
         return out
     block = triton.next_power_of_2(c)
-    rows = max(1, min(4, 4096 // block))
+    rows = max(1, min(8, 4096 // block))  # share weight, bias and shift
+    while rows > 1 and triton.cdiv(n_rows, rows) < 2 * PROCESSORS:
+        rows //= 2
     with torch.cuda.device_of(x):
         _layer_norm[(triton.cdiv(n_rows, rows),)](
             x, weight, bias, x if shift is None else shift, out, n_rows, eps,

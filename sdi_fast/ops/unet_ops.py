@@ -29,8 +29,8 @@ def _has_triton() -> bool:
 
 
 @functools.cache
-def _has_copy_engine() -> bool:
-    """TMA: Hopper and later."""
+def has_copy_engine() -> bool:
+    """Whether the GPU has one (TMA): Hopper and later."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 
 
@@ -58,7 +58,7 @@ def group_norm(
     n_groups: int,
     eps: float,
     silu: bool,
-    splits: int = 0,  # programs that share a group; 0: as many as fill the GPU
+    splits: int = 0,  # 1: one launch; more: shares of the rows in two launches; 0: by the size
     warps: int = 0,  # of a program; 0: by its size
     pad_width: int = 0,  # W: put a line and a column of zeros behind each image of N = H W pixels
     backend: str = "auto",
@@ -178,11 +178,11 @@ def linear_geglu(
     return kernel(x.contiguous(), weight.contiguous(), bias, tile)
 
 
-def linear_geglu_tiles() -> tuple[Any, ...]:
-    """Tiles worth measuring on this machine."""
-    from ..kernels.linear_geglu import TILES
+def linear_geglu_tiles(n_rows: int, n_inner: int) -> tuple[Any, ...]:
+    """Tiles worth measuring for x of [n_rows, n_inner] on this machine, the likeliest first."""
+    from ..kernels.linear_geglu import geglu_tiles
 
-    return tuple(tile for tile in TILES if not tile.tma or _has_copy_engine())
+    return geglu_tiles(n_rows, n_inner, has_copy_engine())
 
 
 def conv3x3(
@@ -208,7 +208,7 @@ def conv3x3(
 
 
 def conv3x3_tiles(n_pixels: int, n_filters: int, n_channels: int) -> tuple[Any, ...]:
-    """Tiles worth measuring for a convolution."""
+    """Tiles worth measuring for a convolution, the likeliest first."""
     from ..kernels.conv3x3 import conv_tiles
 
     return conv_tiles(n_pixels, n_filters, n_channels)
@@ -244,9 +244,7 @@ def conv3x3_padded(
 def conv3x3_padded_tiles(
     batch: int, height: int, width: int, n_filters: int, n_channels: int
 ) -> tuple[Any, ...]:
-    """Tiles worth measuring for a convolution; () where the device or shape does not allow it."""
-    if not _has_copy_engine():
-        return ()
+    """The same; () where the channels do not allow it."""
     from ..kernels.conv3x3_padded import padded_tiles
 
     return padded_tiles(batch, height, width, n_filters, n_channels)

@@ -70,10 +70,8 @@ class Layers:
         )
         if self.options.norms == "measured" and not self.plain:
             candidates: Candidates = {"default": run}
-            for splits in (1, 2, 4, 8, 16):
-                for warps in (4, 8, 16, 32) if h * w >= 32 * splits else ():
-                    name = f"{splits} splits, {warps} warps"
-                    candidates[name] = functools.partial(run, splits=splits, warps=warps)
+            for splits in (1, 16, 64):
+                candidates[f"{splits} splits"] = functools.partial(run, splits=splits)
             key = (*_key("group_norm", *parts), silu, padded)
             return self.choices.pick(key, candidates, parts).view(shape)
         return run().view(shape)
@@ -89,16 +87,18 @@ class Layers:
         def separate() -> Tensor:
             return unet_ops.geglu(torch.mm(x, weight), bias, backend=self.backend)
 
-        def fused(tile: Any = None) -> Tensor:
+        def fused(tile: Any) -> Tensor:
             return unet_ops.linear_geglu(x, weight.t(), bias, tile=tile, backend=self.backend)
 
         how = self.options.geglu
         if how == "separate" or self.plain:
             return separate()
-        candidates: Candidates = {"fused": fused} if how == "fused" else {"separate": separate}
-        for tile in unet_ops.linear_geglu_tiles():
-            candidates[str(tile)] = functools.partial(fused, tile)
-        return self.choices.pick(_key("geglu", x, weight), candidates, [x])
+        tiles = unet_ops.linear_geglu_tiles(*x.shape)
+        if how == "fused":
+            return fused(tiles[0])
+        compiled = {str(tile): functools.partial(fused, tile) for tile in tiles}
+        candidates: Candidates = {"separate": separate, **compiled}
+        return self.choices.pick(_key("geglu", x, weight), candidates, [x], compiled)
 
     def attention(
         self,
@@ -141,11 +141,11 @@ class Layers:
             out = self.conv(self.group_norm(parts, norm, shift), weight)
             return out if residual is None else out.add_(residual)
 
-        def pointers(tile: Any = None) -> Tensor:
+        def pointers(tile: Any) -> Tensor:
             x = self.group_norm(parts, norm, shift)
             return unet_ops.conv3x3(x, filters, residual, tile=tile, backend=self.backend)
 
-        def padded(tile: Any = None) -> Tensor:
+        def padded(tile: Any) -> Tensor:
             x = self.group_norm(parts, norm, shift, padded=True)
             return unet_ops.conv3x3_padded(x, filters, residual, tile=tile, backend=self.backend)
 
@@ -155,16 +155,19 @@ class Layers:
             return library()
         filters = weight.permute(0, 2, 3, 1)
         b, h, w, _ = parts[0].shape
-        first = {"measured": library, "triton": pointers, "padded": padded}[how]
-        candidates: Candidates = {how: first}
-        if how in ("measured", "triton"):
-            for tile in unet_ops.conv3x3_tiles(b * h * w, f, c):
-                candidates[f"triton {tile}"] = functools.partial(pointers, tile)
-        if how in ("measured", "padded"):
-            for tile in unet_ops.conv3x3_padded_tiles(b, h, w, f, c):
-                candidates[f"padded {tile}"] = functools.partial(padded, tile)
+        if how == "triton":
+            return pointers(unet_ops.conv3x3_tiles(b * h * w, f, c)[0])
+        tiles = unet_ops.conv3x3_padded_tiles(b, h, w, f, c)
+        if how == "padded":
+            return padded(tiles[0])
+        if tiles and unet_ops.has_copy_engine():
+            compiled = {f"padded {tile}": functools.partial(padded, tile) for tile in tiles}
+        else:
+            tiles = unet_ops.conv3x3_tiles(b * h * w, f, c)
+            compiled = {f"triton {tile}": functools.partial(pointers, tile) for tile in tiles}
+        candidates: Candidates = {"library": library, **compiled}
         key = (*_key("conv", *parts, weight), residual is not None)
-        return self.choices.pick(key, candidates, parts)
+        return self.choices.pick(key, candidates, parts, compiled)
 
     def resample(self, x: Tensor, sampler: Resample) -> Tensor:
         x = x + sampler.shift  # before the zeros of the padding

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...types import SDIFastError
-from .choices import Choices
+from .choices import Choices, load_stored
 from .forward import Forward
 from .layers import Layers
 from .options import FastUNetOptions
@@ -60,7 +60,7 @@ class FastUNet:
             n_train=self.options.n_train_steps,
             n_negative=self.options.n_negative_steps,
         )
-        self.choices = Choices()
+        self.choices = Choices(load_stored(self.device) if self.options.stored else None)
         self.n_calls = 0
         self._forward: Any = Forward(self.packed, Layers(self.options, self.choices))
         if self.options.mode == "compile":

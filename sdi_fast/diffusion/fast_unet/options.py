@@ -19,7 +19,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class FastUNetOptions:
-    """How the fast UNet computes. "measured" times the candidates per shape in `warm_up`."""
+    """How the fast UNet computes.
+
+    "measured" times some candidates per shape in `warm_up`, where no choice for the GPU is stored.
+    """
 
     mode: str = "eager"  # "compile": torch.compile; leave CUDA graphs to CapturedUNet
     compile_mode: str | None = None  # torch.compile's mode
@@ -27,8 +30,9 @@ class FastUNetOptions:
     attention: str = "measured"  # backend of scaled_dot_product_attention
     conv: str = "cudnn"  # the resnets' convolutions; "padded": Hopper's copy engine
     geglu: str = "separate"  # after the matrix product, or inside of it
-    norms: str = "auto"  # how many programs share a group of a group norm, and their size
+    norms: str = "auto"  # one launch a group norm or two, and the shares of two
     upsample: str = "phase"  # 4 convolutions of 2 x 2 taps in place of 9 taps on the large image
+    stored: bool = True  # begin with the choices that were measured on such a GPU
     cudnn_benchmark_limit: int = 10  # algorithms that cuDNN tries a shape; 0: all
     graphs: bool = True  # make_denoiser captures the calls on a GPU, one graph a shape
     n_train_steps: int = 1000
