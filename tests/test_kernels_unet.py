@@ -313,3 +313,25 @@ def test_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
         text=True,
     )
     assert child.stdout.endswith("compiled\n"), child.stderr
+
+
+def test_strided_vectors_are_read_as_they_are() -> None:
+    parts, weight, bias = group_norm_case((20,))
+    rows, wide, inner = randn(6, 20), randn(40), randn(12, 20)
+
+    def turned(v: Tensor) -> Tensor:
+        return torch.stack([v, v + 7], dim=1)[:, 0]
+
+    def all_of(change: Any) -> list[Tensor]:
+        w, b = change(weight), change(bias)
+        shift = change(weight + 1)
+        norm = dict(n_groups=4, eps=1e-5, silu=True, backend="triton")
+        return [
+            unet_ops.group_norm(parts, w, b, shift[None], **norm),
+            unet_ops.layer_norm(rows, w, b, shift, eps=1e-5, backend="triton"),
+            unet_ops.geglu(rows.repeat(1, 2), change(wide), backend="triton"),
+            unet_ops.linear_geglu(rows, inner, change(wide[:12]), backend="triton"),
+        ]
+
+    for a, b in zip(all_of(turned), all_of(torch.clone), strict=True):
+        assert torch.equal(a, b)

@@ -8,7 +8,6 @@ sdi_fast/kernels/group_norm.py, layer_norm.py, geglu.py, linear_geglu.py, interl
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,14 +17,12 @@ from torch import Tensor
 from ..reference import unet_ops as reference
 from ..types import SDIFastError
 from ._checks import check_tensor
-from ._native import resolve_backend
+from ._native import has_triton, resolve_backend
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+_has_triton = functools.cache(has_triton)  # a UNet asks some hundred times a call
 
 
 @functools.cache
@@ -40,13 +37,16 @@ def _use_triton(op: str, x: Tensor, backend: str) -> bool:
     return resolve_backend(op, x, backend, ("triton",)) == "triton"
 
 
-def _check(name: str, value: Tensor, shape: tuple[int | None, ...]) -> None:
+def _check(
+    name: str, value: Tensor, shape: tuple[int | None, ...], like: Tensor | None = None
+) -> None:
+    """Of `shape`, in one of DTYPES, on `like`'s device."""
     if value.dtype not in DTYPES:
         raise SDIFastError(
             f"{name}: expected dtype float16, bfloat16 or float32, got "
             f"{str(value.dtype).removeprefix('torch.')}"
         )
-    check_tensor(name, value, shape, dtype=value.dtype)
+    check_tensor(name, value, shape, dtype=value.dtype, like=like)
 
 
 def group_norm(
@@ -76,10 +76,10 @@ def group_norm(
     c = sum(part.shape[2] for part in parts)
     if n_groups < 1 or c % n_groups != 0:
         raise SDIFastError(f"n_groups: expected a divisor of {c}, got {n_groups}")
-    _check("weight", weight, (c,))
-    _check("bias", bias, (c,))
+    _check("weight", weight, (c,), parts[0])
+    _check("bias", bias, (c,), parts[0])
     if shift is not None:
-        _check("shift", shift, (1 if shift.shape[0] == 1 else b, c))
+        _check("shift", shift, (1 if shift.shape[0] == 1 else b, c), parts[0])
     if pad_width and (pad_width < 0 or n % pad_width):
         raise SDIFastError(f"pad_width: expected a divisor of {n}, got {pad_width}")
     options = dict(n_groups=n_groups, eps=eps, silu=silu, pad_width=pad_width)
@@ -89,11 +89,10 @@ def group_norm(
 
     if shift is not None and shift.stride(1) != 1:
         shift = shift.contiguous()
-    parts = [part.contiguous() for part in parts]
     return kernel(
-        parts,
-        weight,
-        bias,
+        [part.contiguous() for part in parts],
+        weight.contiguous(),
+        bias.contiguous(),
         shift,
         splits=splits,
         warps=warps,
@@ -112,15 +111,16 @@ def layer_norm(
 ) -> Tensor:
     """Layer norm over the channels, [M, C]."""
     _check("x", x, (None, None))
-    _check("weight", weight, (x.shape[1],))
-    _check("bias", bias, (x.shape[1],))
+    _check("weight", weight, (x.shape[1],), x)
+    _check("bias", bias, (x.shape[1],), x)
     if shift is not None:
-        _check("shift", shift, (x.shape[1],))
+        _check("shift", shift, (x.shape[1],), x)
     if not _use_triton("layer_norm", x, backend):
         return reference.layer_norm(x, weight, bias, shift, eps=eps)
     from ..kernels.layer_norm import layer_norm as kernel
 
-    return kernel(x.contiguous(), weight, bias, shift, eps=eps)
+    shift = None if shift is None else shift.contiguous()
+    return kernel(x.contiguous(), weight.contiguous(), bias.contiguous(), shift, eps=eps)
 
 
 def geglu(
@@ -133,12 +133,12 @@ def geglu(
     _check("x", x, (None, None))
     if x.shape[1] % 2:
         raise SDIFastError(f"x: expected an even number of columns, got {x.shape[1]}")
-    _check("bias", bias, (x.shape[1],))
+    _check("bias", bias, (x.shape[1],), x)
     if not _use_triton("geglu", x, backend):
         return reference.geglu(x, bias)
     from ..kernels.geglu import geglu as kernel
 
-    return kernel(x.contiguous(), bias)
+    return kernel(x.contiguous(), bias.contiguous())
 
 
 def interleave_phases(
@@ -170,12 +170,12 @@ def linear_geglu(
     check_tensor("weight", weight, (None, x.shape[1]), dtype=x.dtype, like=x)
     if weight.shape[0] % 2:
         raise SDIFastError(f"weight: expected an even number of rows, got {weight.shape[0]}")
-    _check("bias", bias, (weight.shape[0],))
+    _check("bias", bias, (weight.shape[0],), x)
     if not _use_triton("linear_geglu", x, backend):
         return reference.linear_geglu(x, weight, bias)
     from ..kernels.linear_geglu import linear_geglu as kernel
 
-    return kernel(x.contiguous(), weight.contiguous(), bias, tile)
+    return kernel(x.contiguous(), weight.contiguous(), bias.contiguous(), tile)
 
 
 def linear_geglu_tiles(n_rows: int, n_inner: int) -> tuple[Any, ...]:
