@@ -56,6 +56,12 @@ class Generate:
     """Which to follow where the official code (default) and the paper differ."""
     guidance_scale: Annotated[float | None, _PLAIN] = None
     """Classifier-free guidance scale (default: 7.5)."""
+    denoiser: Annotated[Literal["diffusers", "fast", "auto"] | None, _PLAIN] = None
+    """Whose UNet: diffusers' (default), ours on packed weights, or ours on a GPU where it can."""
+    encoder: Annotated[Literal["diffusers", "fast", "auto"] | None, _PLAIN] = None
+    """Whose VAE encoder, likewise."""
+    static: Annotated[bool, _PLAIN] = False
+    """SDI's target from fixed buffers, on a GPU as CUDA graphs; other noise than without."""
     device: Annotated[str | None, _PLAIN] = None
     """auto (default), cpu, cuda or cuda:N."""
     backend: Annotated[Literal["auto", "reference", "cpu", "cuda"] | None, _PLAIN] = None
@@ -144,12 +150,13 @@ class Generate:
 
         tree: dict[str, Any] = {"prompt": prompt}
         given: dict[str, dict[str, Any]] = {
-            "model": {"id": self.model},
+            "model": {"id": self.model, "denoiser": self.denoiser, "encoder": self.encoder},
             "camera": {"height": self.size, "width": self.size},
             "guidance": {
                 "method": self.method,
                 "variant": self.variant,
                 "guidance_scale": self.guidance_scale,
+                "static": self.static or None,
             },
             "engine": {
                 "max_steps": self.steps,

@@ -17,6 +17,7 @@ from .types import FieldSpec, HashGridSpec, SDIFastError
 Schedule = float | tuple[float, ...]
 Range = tuple[float, float]
 Variant = Literal["threestudio", "paper"]
+Component = Literal["diffusers", "fast", "auto"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,9 @@ class GuidanceConfig:
     cfg_convention: Literal["variant", "threestudio", "paper"] = "variant"
     negative_prompt: str = ""
     sample_posterior: bool = True  # encode with a draw from the posterior, not with its mode
+    # SDI's target from fixed buffers, on a GPU as CUDA graphs; its noise then comes from a stream
+    # of its own, so that a run is another one than without
+    static: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,10 @@ class ModelConfig:
     revision: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: f16 on GPU, else f32
     local_files_only: bool = False
+    # "diffusers": its module; "fast": ours on packed weights, refused where the model has a feature
+    # that it lacks; "auto": ours on a GPU where it can be, else diffusers', which is then said
+    denoiser: Component = "diffusers"
+    encoder: Component = "diffusers"
 
 
 @dataclass(frozen=True)

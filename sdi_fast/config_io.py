@@ -188,6 +188,10 @@ def check_config(config: Config) -> None:
         )
     if not config.model.id.strip():
         raise SDIFastError("model.id: expected a name or a folder, got nothing")
+    if config.guidance.static and config.guidance.method != "sdi":
+        raise SDIFastError(
+            'guidance.static: expected false with guidance.method "sds", which inverts nothing'
+        )
 
 
 def _check_bounds(key: str, value: float | tuple[float, ...]) -> None:

@@ -28,18 +28,18 @@ class SDI:
         model: a schedule and a denoiser.
         config: `variant` decides the level mismatch, the entropy noise, tau and the number of
             inversion steps together (methods.md G1 to G3, G5).
-        static: compute from fixed buffers, on a GPU as captured graphs. The noise then comes from
-            a stream of its own, seeded anew by `generator` at every target, so that the generator
-            remains all of the state that a run has to keep.
+        static: compute from fixed buffers, on a GPU as captured graphs; None: as `config` says.
+            The noise then comes from a stream of its own, seeded anew by `generator` at every
+            target, so that the generator remains all of the state that a run has to keep.
     """
 
     def __init__(
-        self, model: DiffusionModel, config: GuidanceConfig, *, static: bool = False
+        self, model: DiffusionModel, config: GuidanceConfig, *, static: bool | None = None
     ) -> None:
         check_config(config)
         self.model = model
         self.config = config
-        self.static = static
+        self.static = config.static if static is None else static
         self._graphs: InversionGraphs | None = None  # of the shapes seen last
 
     @torch.no_grad()

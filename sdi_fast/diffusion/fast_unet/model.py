@@ -43,6 +43,7 @@ class FastUNet:
         SDIFastError: for a UNet with a feature that is not implemented, naming it.
     """
 
+    kind = "fast"
     shares_latents = True  # predict takes K conditions of each latent
 
     def __init__(
