@@ -62,6 +62,9 @@ class Generate:
     """Whose VAE encoder, likewise."""
     static: Annotated[bool, _PLAIN] = False
     """SDI's target from fixed buffers, on a GPU as CUDA graphs; other noise than without."""
+    speed: Annotated[Literal["exact", "balanced", "turbo"] | None, _PLAIN] = None
+    """exact (default), or approximate inversions, with --static and what else they need; what they
+    gain and lose is not measured yet."""
     device: Annotated[str | None, _PLAIN] = None
     """auto (default), cpu, cuda or cuda:N."""
     backend: Annotated[Literal["auto", "reference", "cpu", "cuda"] | None, _PLAIN] = None
@@ -146,17 +149,25 @@ class Generate:
 
     def _options(self, prompt: str) -> dict[str, Any]:
         """What was given on the command line, as a part of a config."""
+        from .config import SPEEDS
         from .config_io import parse_assignment
 
         tree: dict[str, Any] = {"prompt": prompt}
+        shortcuts = SPEEDS[self.speed or "exact"]
+        needed = "fast" if shortcuts.deep_cache else None
         given: dict[str, dict[str, Any]] = {
-            "model": {"id": self.model, "denoiser": self.denoiser, "encoder": self.encoder},
+            "model": {
+                "id": self.model,
+                "denoiser": self.denoiser or needed,
+                "encoder": self.encoder,
+            },
             "camera": {"height": self.size, "width": self.size},
             "guidance": {
                 "method": self.method,
                 "variant": self.variant,
                 "guidance_scale": self.guidance_scale,
-                "static": self.static or None,
+                "static": self.static or not shortcuts.exact or None,
+                "speed": self.speed,
             },
             "engine": {
                 "max_steps": self.steps,

@@ -101,6 +101,28 @@ class RenderConfig:
 
 
 @dataclass(frozen=True)
+class Shortcuts:
+    """Approximations of an inversion, for speed (diffusion/shortcuts.py); 0 and 1 are exact."""
+
+    deep_cache: int = 0  # the UNet's deep part runs every so many steps, and is reused between
+    reuse_negatives: int = 0  # so do Perp-Neg's negative conditions
+
+    @property
+    def exact(self) -> bool:
+        return max(self.deep_cache, self.reuse_negatives) <= 1
+
+
+# What `GuidanceConfig.speed` stands for. UNet work of a target with Perp-Neg at t = 980, 615 and
+# 250, counted on SD 2.1 (target_work): exact 12, 9, 5 calls; balanced 8.5, 6.5, 4.0; turbo 6.4,
+# 5.0, 3.4. Not measured yet: neither the time nor what is lost on Stable Diffusion.
+SPEEDS: dict[str, Shortcuts] = {
+    "exact": Shortcuts(),
+    "balanced": Shortcuts(reuse_negatives=3),
+    "turbo": Shortcuts(deep_cache=3, reuse_negatives=3),
+}
+
+
+@dataclass(frozen=True)
 class GuidanceConfig:
     """Score distillation (methods.md C and E)."""
 
@@ -119,6 +141,18 @@ class GuidanceConfig:
     # SDI's target from fixed buffers, on a GPU as CUDA graphs; its noise then comes from a stream
     # of its own, so that a run is another one than without
     static: bool = False
+    # "balanced" and "turbo" approximate the inversion (SPEEDS; not measured yet). They need
+    # `static`, and "turbo" the fast denoiser. There is no fp8 mode.
+    speed: Literal["exact", "balanced", "turbo"] = "exact"
+    deep_cache: int | None = None  # see Shortcuts; None: as `speed` says
+    reuse_negatives: int | None = None  # likewise
+
+    @property
+    def shortcuts(self) -> Shortcuts:
+        """What `speed` stands for, but for what is set beside it."""
+        preset = SPEEDS[self.speed]
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(preset)}
+        return dataclasses.replace(preset, **{k: v for k, v in own.items() if v is not None})
 
 
 @dataclass(frozen=True)

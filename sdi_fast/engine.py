@@ -141,7 +141,9 @@ class Engine:
     @property
     def ran(self) -> dict[str, Any]:
         """Which of the possible implementations compute; for metrics.json."""
-        return {**self.pipeline.components, "static": self.config.guidance.static}
+        guidance = self.config.guidance
+        shortcuts = dataclasses.asdict(guidance.shortcuts)
+        return {**self.pipeline.components, "static": guidance.static, **shortcuts}
 
     # ---- one step -------------------------------------------------------------------------
 

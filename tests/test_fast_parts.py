@@ -118,11 +118,19 @@ def stop_after(n: int) -> Any:
     return callback
 
 
-def test_a_static_run_resumed_equals_an_unbroken_one(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("speed", ["exact", "turbo"])
+def test_a_static_run_resumed_equals_an_unbroken_one(
+    speed: str, tiny: Path, tmp_path: Path
+) -> None:
     config = config_from_dict(FAST, small_config(tiny, "engine.deterministic=true"))
+    config = config_from_dict({"guidance": {"speed": speed}}, config)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     result = generate(config, out=whole, steps=6)
-    assert result.metrics["ran"] == {"denoiser": "fast", "encoder": "fast", "static": True}
+    n = 3 if speed == "turbo" else 0
+    assert result.metrics["ran"] == {
+        "denoiser": "fast", "encoder": "fast", "static": True,
+        "deep_cache": n, "reuse_negatives": n,
+    }  # fmt: skip
     assert json.loads((whole / "metrics.json").read_text())["ran"]["denoiser"] == "fast"
     assert not generate(config, out=broken, steps=6, callbacks=[stop_after(3)]).completed
     again = generate(config, out=broken, steps=6, resume=True)
@@ -163,4 +171,5 @@ def test_the_bundled_model_runs_on_all_three(tmp_path: Path) -> None:
     )
     result = generate(whole, out=tmp_path / "out")
     assert result.completed and result.metrics["skipped_steps"] == 0
-    assert result.metrics["ran"] == {"denoiser": "fast", "encoder": "fast", "static": True}
+    ran = result.metrics["ran"]
+    assert (ran["denoiser"], ran["encoder"], ran["static"]) == ("fast", "fast", True)

@@ -17,6 +17,7 @@ from ..diffusion.invert import DiffusionModel, ddim_invert, plan_inversion
 from ..diffusion.invert_graph import InversionGraphs
 from ..diffusion.prompt import Condition
 from ..diffusion.schedule import draw_delta
+from ..diffusion.shortcuts import check_shortcuts
 from ..types import SDIFastError
 from .base import GuidanceOutput, check_config, check_inputs, x0_loss
 
@@ -40,6 +41,7 @@ class SDI:
         self.model = model
         self.config = config
         self.static = config.static if static is None else static
+        check_shortcuts(model.denoiser, config.shortcuts, self.static)
         self._graphs: InversionGraphs | None = None  # of the shapes seen last
 
     @torch.no_grad()

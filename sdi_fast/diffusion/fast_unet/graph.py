@@ -128,6 +128,8 @@ class GraphedUNet:
         self.graphs: dict[tuple[int, ...], CapturedUNet] = {}
         self.prepare = unet.prepare
         self.predict_prepared = unet.predict_prepared
+        self.predict_deep = unet.predict_deep
+        self.predict_shallow = unet.predict_shallow
         self.warm_up = unet.warm_up
 
     @property
