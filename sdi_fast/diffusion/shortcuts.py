@@ -4,8 +4,8 @@ Consecutive steps of one inversion ask the UNet for nearly the same. Two things 
 
 - deep_cache: the deep feature (fast_unet/forward.py), recomputed every so many steps; in between
   only the outermost levels run (DeepCache, arXiv 2312.00858).
-- reuse_negatives: Perp-Neg's differences n_i - u to the unconditional output (eps or v, as the model
-  gives it), evaluated every so many steps; in between a step has 2 conditions instead of 4.
+- reuse_negatives: Perp-Neg's differences n_i - u to the unconditional output (eps or v, as the
+  model gives it), evaluated every so many steps; in between a step has 2 conditions instead of 4.
 
 The first step and the prediction are exact. What a step reuses depends on its place in its own
 inversion alone, so that a sample gets the same in every batch. There is no fp8 mode.
