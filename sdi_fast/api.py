@@ -90,7 +90,12 @@ def generate(
             return GenerateResult(folder.path, False, engine.global_step, {}, [])
         files, notes = export_all(engine, folder.path, config.export)
         metrics = build_metrics(
-            config, engine.history, seconds=seconds, device=engine.device, notes=notes
+            config,
+            engine.history,
+            seconds=seconds,
+            device=engine.device,
+            notes=[*engine.pipeline.notes, *notes],
+            ran=engine.ran,
         )
         files.append(folder.write_metrics(metrics))
         return GenerateResult(folder.path, True, engine.global_step, metrics, files)

@@ -56,6 +56,15 @@ class Generate:
     """Which to follow where the official code (default) and the paper differ."""
     guidance_scale: Annotated[float | None, _PLAIN] = None
     """Classifier-free guidance scale (default: 7.5)."""
+    denoiser: Annotated[Literal["diffusers", "fast", "auto"] | None, _PLAIN] = None
+    """Whose UNet: diffusers' (default), ours on packed weights, or ours on a GPU where it can."""
+    encoder: Annotated[Literal["diffusers", "fast", "auto"] | None, _PLAIN] = None
+    """Whose VAE encoder, likewise."""
+    static: Annotated[bool, _PLAIN] = False
+    """SDI's target from fixed buffers, on a GPU as CUDA graphs; other noise than without."""
+    speed: Annotated[Literal["exact", "balanced", "turbo"] | None, _PLAIN] = None
+    """exact (default), or approximate inversions, with --static and what else they need; what they
+    gain and lose is not measured yet."""
     device: Annotated[str | None, _PLAIN] = None
     """auto (default), cpu, cuda or cuda:N."""
     backend: Annotated[Literal["auto", "reference", "cpu", "cuda"] | None, _PLAIN] = None
@@ -140,16 +149,25 @@ class Generate:
 
     def _options(self, prompt: str) -> dict[str, Any]:
         """What was given on the command line, as a part of a config."""
+        from .config import SPEEDS
         from .config_io import parse_assignment
 
         tree: dict[str, Any] = {"prompt": prompt}
+        shortcuts = SPEEDS[self.speed or "exact"]
+        needed = "fast" if shortcuts.deep_cache else None
         given: dict[str, dict[str, Any]] = {
-            "model": {"id": self.model},
+            "model": {
+                "id": self.model,
+                "denoiser": self.denoiser or needed,
+                "encoder": self.encoder,
+            },
             "camera": {"height": self.size, "width": self.size},
             "guidance": {
                 "method": self.method,
                 "variant": self.variant,
                 "guidance_scale": self.guidance_scale,
+                "static": self.static or not shortcuts.exact or None,
+                "speed": self.speed,
             },
             "engine": {
                 "max_steps": self.steps,

@@ -17,6 +17,7 @@ from .types import FieldSpec, HashGridSpec, SDIFastError
 Schedule = float | tuple[float, ...]
 Range = tuple[float, float]
 Variant = Literal["threestudio", "paper"]
+Component = Literal["diffusers", "fast", "auto"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,28 @@ class RenderConfig:
 
 
 @dataclass(frozen=True)
+class Shortcuts:
+    """Approximations of an inversion, for speed (diffusion/shortcuts.py); 0 and 1 are exact."""
+
+    deep_cache: int = 0  # the UNet's deep part runs every so many steps, and is reused between
+    reuse_negatives: int = 0  # so do Perp-Neg's negative conditions
+
+    @property
+    def exact(self) -> bool:
+        return max(self.deep_cache, self.reuse_negatives) <= 1
+
+
+# What `GuidanceConfig.speed` stands for. UNet work of a target with Perp-Neg at t = 980, 615 and
+# 250, counted on SD 2.1 (target_work): exact 12, 9, 5 calls; balanced 8.5, 6.5, 4.0; turbo 6.4,
+# 5.0, 3.4. Not measured yet: neither the time nor what is lost on Stable Diffusion.
+SPEEDS: dict[str, Shortcuts] = {
+    "exact": Shortcuts(),
+    "balanced": Shortcuts(reuse_negatives=3),
+    "turbo": Shortcuts(deep_cache=3, reuse_negatives=3),
+}
+
+
+@dataclass(frozen=True)
 class GuidanceConfig:
     """Score distillation (methods.md C and E)."""
 
@@ -115,6 +138,21 @@ class GuidanceConfig:
     cfg_convention: Literal["variant", "threestudio", "paper"] = "variant"
     negative_prompt: str = ""
     sample_posterior: bool = True  # encode with a draw from the posterior, not with its mode
+    # SDI's target from fixed buffers, on a GPU as CUDA graphs; its noise then comes from a stream
+    # of its own, so that a run is another one than without
+    static: bool = False
+    # "balanced" and "turbo" approximate the inversion (SPEEDS; not measured yet). They need
+    # `static`, and "turbo" the fast denoiser. There is no fp8 mode.
+    speed: Literal["exact", "balanced", "turbo"] = "exact"
+    deep_cache: int | None = None  # see Shortcuts; None: as `speed` says
+    reuse_negatives: int | None = None  # likewise
+
+    @property
+    def shortcuts(self) -> Shortcuts:
+        """What `speed` stands for, but for what is set beside it."""
+        preset = SPEEDS[self.speed]
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(preset)}
+        return dataclasses.replace(preset, **{k: v for k, v in own.items() if v is not None})
 
 
 @dataclass(frozen=True)
@@ -148,6 +186,10 @@ class ModelConfig:
     revision: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: f16 on GPU, else f32
     local_files_only: bool = False
+    # "diffusers": its module; "fast": ours on packed weights, refused where the model has a feature
+    # that it lacks; "auto": ours on a GPU where it can be, else diffusers', which is then said
+    denoiser: Component = "diffusers"
+    encoder: Component = "diffusers"
 
 
 @dataclass(frozen=True)

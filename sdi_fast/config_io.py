@@ -61,6 +61,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "guidance.inversion_n_steps": (1, 1000),
     "guidance.inversion_eta": (0, _INF),
     "guidance.t_range": (0, 1),
+    "guidance.deep_cache": (0, 3),
+    "guidance.reuse_negatives": (0, 1000),
     "optim.lr_field": (0, _INF),
     "optim.lr_background": (0, _INF),
     "optim.betas": (0, 1 - 1e-9),
@@ -175,7 +177,7 @@ def check_config(config: Config) -> None:
         settings = getattr(config, stage.name)
         for field in dataclasses.fields(settings):
             key, value = f"{stage.name}.{field.name}", getattr(settings, field.name)
-            if key in BOUNDS:
+            if key in BOUNDS and value is not None:
                 _check_bounds(key, value)
             if field.name.endswith("_range") and value[0] > value[1]:
                 raise SDIFastError(f"{key}: expected [low, high], got {list(value)}")
@@ -188,6 +190,24 @@ def check_config(config: Config) -> None:
         )
     if not config.model.id.strip():
         raise SDIFastError("model.id: expected a name or a folder, got nothing")
+    _check_guidance(config)
+
+
+def _check_guidance(config: Config) -> None:
+    guidance, shortcuts = config.guidance, config.guidance.shortcuts
+    if guidance.static and guidance.method != "sdi":
+        raise SDIFastError(
+            'guidance.static: expected false with guidance.method "sds", which inverts nothing'
+        )
+    for name in ("deep_cache", "reuse_negatives"):
+        if getattr(shortcuts, name) <= 1:
+            continue
+        key = "guidance.speed" if getattr(guidance, name) is None else f"guidance.{name}"
+        value = guidance.speed if key == "guidance.speed" else getattr(guidance, name)
+        if not guidance.static:
+            raise SDIFastError(f"{key}: {value} needs guidance.static true, got false")
+        if name == "deep_cache" and config.model.denoiser == "diffusers":
+            raise SDIFastError(f'{key}: {value} needs model.denoiser "fast", got "diffusers"')
 
 
 def _check_bounds(key: str, value: float | tuple[float, ...]) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -137,6 +137,13 @@ class Engine:
         self.bad_steps = 0  # consecutive
         self.history: list[dict[str, float]] = []
         self._stop = False
+
+    @property
+    def ran(self) -> dict[str, Any]:
+        """Which of the possible implementations compute; for metrics.json."""
+        guidance = self.config.guidance
+        shortcuts = dataclasses.asdict(guidance.shortcuts)
+        return {**self.pipeline.components, "static": guidance.static, **shortcuts}
 
     # ---- one step -------------------------------------------------------------------------
 

@@ -45,6 +45,8 @@ class Reporter:
         self.n_skipped += metrics.skipped
         if self._began is None:
             self._began = (time.monotonic() - metrics.seconds, metrics.step)
+            if not self.quiet:
+                self._print_notes(engine)
         if self.quiet:
             return
         if self.console.is_terminal:
@@ -54,6 +56,10 @@ class Reporter:
         if done >= total:
             self.close()
             self.console.print("writing field, previews, mesh and turntable ...", markup=False)
+
+    def _print_notes(self, engine: Engine) -> None:
+        for note in engine.pipeline.notes:
+            self.console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
     def _show_bar(self, metrics: StepMetrics, done: int, total: int) -> None:
         if self._bar is None:

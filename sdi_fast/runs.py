@@ -195,6 +195,7 @@ def build_metrics(
     device: torch.device,
     scores: Mapping[str, float] | None = None,
     notes: Sequence[str] = (),
+    ran: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What metrics.json says of a run.
 
@@ -204,6 +205,7 @@ def build_metrics(
             the steps that were resumed as well.
         scores: evaluation scores, if any were computed.
         notes: what the user should know, e.g. that there was no surface to mesh.
+        ran: `Engine.ran`: which of the possible implementations computed.
     """
     rows = [{"step": i, **row} for i, row in enumerate(history)]
     return {
@@ -211,6 +213,7 @@ def build_metrics(
         "model": config.model.id,
         "method": config.guidance.method,
         "variant": config.guidance.variant,
+        "ran": dict(ran or {}),
         "seed": config.engine.seed,
         "steps": len(rows),
         "skipped_steps": sum(bool(row.get("skipped")) for row in rows),

@@ -23,6 +23,7 @@ from sdi_fast.types import FieldSpec, HashGridSpec, MarchSpec, Samples
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_render  # noqa: E402
+import bench_speed  # noqa: E402
 import ceilings  # noqa: E402
 import harness  # noqa: E402
 from peers import HalfGrid, NerfaccPeer  # noqa: E402
@@ -141,6 +142,17 @@ def test_bench_render_runs_small(
     assert abs(content["samples_kept"] / (8e6 / 64**2) - 1) < 0.03
     assert [row["kept"] > 0 for row in content["sweep"]] == [True, True]
     assert "needs a CUDA device" in capsys.readouterr().out
+
+
+def test_bench_speed_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_speed, "RESULTS", tmp_path)
+    bench_speed.main(bench_speed.Args(t=(250,), modes=("turbo", "5 steps"), n_prompts=1, n_views=1))
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [row["mode"] for row in rows] == ["exact", "turbo", "5 steps"]
+    assert [round(row["work"], 2) for row in rows] == [5.0, 3.39, 4.0]
+    assert rows[0]["gradient"] == 0.0 < min(row["gradient"] for row in rows[1:])
+    assert all(row["residual"] > 0.0 for row in rows)
+    assert bench_speed.table(rows, "work").splitlines()[-1] == "| 5 steps | 4 |"
 
 
 def test_compare_times_slow_ones_less_often(monkeypatch: pytest.MonkeyPatch) -> None:

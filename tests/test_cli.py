@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,6 +216,8 @@ def test_messages_cannot_drive_the_terminal(capsys) -> None:
 class Steps(Engine):
     """An engine whose steps do nothing but count."""
 
+    pipeline: Any = SimpleNamespace(notes=("model.encoder: another one runs",))
+
     def __init__(self, max_steps: int, at: int = 0) -> None:
         self.config = Config().with_steps(max_steps)
         self.global_step = at
@@ -231,6 +234,7 @@ def test_plain_progress_is_about_ten_lines(total: int, start: int) -> None:
     Steps(total, start).run(callbacks=[Reporter(Console(file=stream, width=40))])
     lines = [line for line in stream.getvalue().splitlines() if line.startswith("step ")]
     assert 1 <= len(lines) <= 11
+    assert stream.getvalue().count("note: model.encoder: another one runs\n") == 1
     assert lines[0].startswith(f"step {start + 1}/{total}  loss 1.5000  t ")
     assert lines[-1].startswith(f"step {total}/{total} ") and "0 s left" in lines[-1]
     if total == 100:

@@ -15,9 +15,10 @@ from conftest import relative_error
 from torch import Tensor
 
 from sdi_fast.config import GuidanceConfig
-from sdi_fast.diffusion.invert_graph import ConditionedUNet, InversionGraphs
+from sdi_fast.diffusion.invert_graph import InversionGraphs
 from sdi_fast.diffusion.prompt import Condition
 from sdi_fast.diffusion.schedule import DDIMSchedule
+from sdi_fast.diffusion.shortcuts import ConditionedUNet
 from sdi_fast.guidance import SDI, GuidanceOutput
 from sdi_fast.reference.philox import philox_normal
 from sdi_fast.types import SDIFastError

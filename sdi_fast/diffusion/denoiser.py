@@ -37,6 +37,8 @@ class Denoiser:
         unet: the diffusers model, already on its device and in its dtype.
     """
 
+    kind = "diffusers"
+
     def __init__(self, unet: Any) -> None:
         self.unet = unet.eval().requires_grad_(False)
         self.n_calls = 0
@@ -65,11 +67,14 @@ class Denoiser:
         return output.to(torch.promote_types(x.dtype, torch.float32))
 
 
+AnyDenoiser = Denoiser | FastUNet | GraphedUNet
+
+
 def make_denoiser(
     unet: Any,
     kind: str = "diffusers",
     options: FastUNetOptions | None = None,  # of the fast one
-) -> Denoiser | FastUNet | GraphedUNet:
+) -> AnyDenoiser:
     """A denoiser around a UNet2DConditionModel that is already on its device and in its dtype.
 
     Args:
@@ -79,15 +84,24 @@ def make_denoiser(
     Raises:
         SDIFastError: where `kind` is "fast" and the model has a feature that it lacks.
     """
+    return choose_denoiser(unet, kind, options)[0]
+
+
+def choose_denoiser(
+    unet: Any, kind: str = "diffusers", options: FastUNetOptions | None = None
+) -> tuple[AnyDenoiser, str]:
+    """`make_denoiser`, and why "auto" took diffusers' module: one line, "" where it did not."""
     if kind not in KINDS:
         raise SDIFastError(f"kind: expected {', '.join(KINDS)}, got {kind!r}")
     on_gpu = next(unet.parameters()).is_cuda
-    if kind == "diffusers" or (kind == "auto" and not on_gpu):
-        return Denoiser(unet)
+    if kind == "diffusers":
+        return Denoiser(unet), ""
+    if kind == "auto" and not on_gpu:
+        return Denoiser(unet), "diffusers' UNet runs: there is no GPU"
     try:
         fast = FastUNet(unet, options)
-    except SDIFastError:
+    except SDIFastError as error:
         if kind == "fast":
             raise
-        return Denoiser(unet)
-    return GraphedUNet(fast) if on_gpu and fast.options.graphs else fast
+        return Denoiser(unet), f"diffusers' UNet runs: {error}"
+    return (GraphedUNet(fast) if on_gpu and fast.options.graphs else fast), ""

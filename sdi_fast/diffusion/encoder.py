@@ -66,7 +66,9 @@ class LatentEncoder:
 
     def __init__(self, vae: Any, image_size: int, kind: str = "diffusers") -> None:
         self.vae = vae.eval().requires_grad_(False)
-        self.fast = _make_fast(self.vae, image_size, kind)
+        # note: why "auto" took diffusers' encoder, one line; "" where it did not
+        self.fast, self.note = _make_fast(self.vae, image_size, kind)
+        self.kind = "diffusers" if self.fast is None else "fast"
         self.image_size = image_size
         self.scaling_factor = float(vae.config.scaling_factor)
         self.shift_factor = float(getattr(vae.config, "shift_factor", None) or 0.0)
@@ -133,20 +135,22 @@ class LatentEncoder:
         return (images * 0.5 + 0.5).clamp(0.0, 1.0)
 
 
-def _make_fast(vae: Any, image_size: int, kind: str) -> EncoderGraphs | None:
+def _make_fast(vae: Any, image_size: int, kind: str) -> tuple[EncoderGraphs | None, str]:
     if kind not in KINDS:
         raise SDIFastError(f"kind: expected {', '.join(KINDS)}, got {kind!r}")
     on_gpu = next(vae.parameters()).is_cuda
-    if kind == "diffusers" or (kind == "auto" and not on_gpu):
-        return None
+    if kind == "diffusers":
+        return None, ""
+    if kind == "auto" and not on_gpu:
+        return None, "diffusers' encoder runs: there is no GPU"
     try:
         packed = pack_encoder(vae)
         if image_size % 2**packed.n_halvings:
             raise SDIFastError(
                 f"vae: expected a side divisible by {2**packed.n_halvings}, got {image_size}"
             )
-    except SDIFastError:
+    except SDIFastError as error:
         if kind == "fast":
             raise
-        return None
-    return EncoderGraphs(FastEncoder(packed), capture=on_gpu)
+        return None, f"diffusers' encoder runs: {error}"
+    return EncoderGraphs(FastEncoder(packed), capture=on_gpu), ""

@@ -23,6 +23,7 @@ from ..types import SDIFastError, StepSpec
 from .guide import cfg_convention
 from .invert import DiffusionModel, inversion_paths
 from .prompt import Condition
+from .shortcuts import ConditionedUNet, PlannedUNet, check_shortcuts, plan_calls
 
 MAX_GRAPHS = 12  # one for each number of steps that ten grid steps allow, and one to spare
 N_WARM_UP = 2  # calls before the first capture: libraries allocate and choose then
@@ -39,52 +40,12 @@ class InvertedTarget:
     n_unet_calls: int
 
 
-class ConditionedUNet:
-    """A denoiser called with B latents for all K conditions, with text prepared once if it can.
-
-    Takes any DenoiserLike; one that also has `prepare(context) -> cache` and
-    `predict_prepared(x, t, cache)`, of B latents and K B rows of text, is asked that way.
-    """
-
-    def __init__(self, denoiser: Any) -> None:
-        self.denoiser = denoiser
-        self.prepares = hasattr(denoiser, "prepare") and hasattr(denoiser, "predict_prepared")
-
-    def prepare(
-        self,
-        embeddings: Tensor,  # [K, B, T, D]
-    ) -> Any:
-        """What `predict` takes for this text."""
-        rows = embeddings.flatten(0, 1)
-        return self.denoiser.prepare(rows) if self.prepares else rows
-
-    def warm_up(self, x: Tensor, t: Tensor, cache: Any) -> None:
-        """Lets the denoiser choose its kernels, where it does."""
-        if self.prepares and hasattr(self.denoiser, "warm_up"):
-            self.denoiser.warm_up(x, t, cache)
-
-    def predict(
-        self,
-        x: Tensor,  # [B, C, h, w]
-        t: Tensor,  # [B] i64
-        cache: Any,
-        n_conditions: int,
-    ) -> Tensor:
-        """The raw outputs, [K, B, C, h, w]."""
-        k = n_conditions
-        if self.prepares:
-            outputs = self.denoiser.predict_prepared(x, t, cache)
-        else:
-            outputs = self.denoiser.predict(x.repeat(k, 1, 1, 1), t.repeat(k), cache)
-        return outputs.unflatten(0, (k, x.shape[0]))
-
-
 class InversionGraphs:
     """SDI's target for one batch size, number of conditions and shape.
 
     Args:
         model: a schedule and a denoiser; on a GPU its calls must be capturable.
-        config: `variant`, guidance scales, eta, number of steps; fixed for this object.
+        config: `variant`, guidance scales, eta, number of steps, shortcuts; fixed for this object.
         latents: of the shape, dtype and device to serve; the numbers do not matter.
         condition: likewise.
         capture: None: where `latents` are on a GPU.
@@ -110,6 +71,8 @@ class InversionGraphs:
         self.schedule, self.config = model.schedule, config
         self.capture = latents.is_cuda if capture is None else capture
         self.max_graphs = max_graphs
+        self.shortcuts = config.shortcuts
+        check_shortcuts(model.denoiser, self.shortcuts, static=True)
         self._unet = ConditionedUNet(model.denoiser)
         paper = cfg_convention(config) == "paper"
         v = self.schedule.prediction_type == "v_prediction"
@@ -234,13 +197,14 @@ class InversionGraphs:
         levels, weights, z, t = self.schedule.levels, self._weights, self._z, self._t
         k = self._embeddings.shape[0]
         noisy = eta != 0.0
-        cache = self._unet.prepare(self._embeddings)
+        *calls, last = plan_calls(n_steps, k, self.shortcuts)
+        unet = PlannedUNet(self._unet, self._unet.prepare(self._embeddings), k, self.shortcuts)
         x = z
-        for step in range(n_steps):
+        for step, call in enumerate(calls):
             now, then = self._nodes[step], self._nodes[step + 1]
             noise = self._noise[step] if given and not paper and self._noise is not None else None
             x, _ = guided_step(
-                self._unet.predict(x, now, cache, k), x, levels, now, then, weights, self._up,
+                unet.predict(x, now, call), x, levels, now, then, weights, self._up,
                 lengths=self._lengths, step=step, noise=noise,
                 rng=self._rng if noisy and not paper and not given else None, draw=step,
             )  # fmt: skip
@@ -250,7 +214,7 @@ class InversionGraphs:
             if noisy:
                 kappa = kappa + self._paper_noise(level, given)
             x = self.schedule.add_noise(z, kappa, t)
-        outputs = self._unet.predict(x, t, cache, k)
+        outputs = unet.predict(x, t, last)
         target, eps = guided_step(outputs, x, levels, t, None, weights, self._down)
         torch.stack([target, kappa, inverted, eps], out=self._out)
         if noisy and not given:
@@ -295,9 +259,13 @@ class InversionGraphs:
         if self._is_warm:
             return
         state = self._rng.clone()
-        self._unet.warm_up(self._z, self._t, self._unet.prepare(self._embeddings))
+        cache, k = self._unet.prepare(self._embeddings), self._embeddings.shape[0]
+        longest = len(self._nodes) - 1
+        kinds = [frozenset(plan_calls(n, k, self.shortcuts)) for n in range(1, longest + 1)]
+        for n in {call.n_conditions for call in kinds[-1]}:
+            self._unet.warm_up(self._z, self._t, self._unet.first(cache, n * len(self._z)))
         for _ in range(N_WARM_UP):
-            self._compute(1, False)
+            self._compute(1 + kinds.index(kinds[-1]), False)  # few steps with calls of every kind
         self._rng.copy_(state)
         self._is_warm = True
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..types import SDIFastError
-from .denoiser import Denoiser
+from .denoiser import AnyDenoiser, choose_denoiser
 from .encoder import LatentEncoder
 from .prompt import TextEncoder
 from .schedule import DDIMSchedule
@@ -32,7 +32,7 @@ class Pipeline:
     """A frozen latent diffusion model."""
 
     schedule: DDIMSchedule
-    denoiser: Denoiser
+    denoiser: AnyDenoiser
     encoder: LatentEncoder
     prompts: TextEncoder
     latent_channels: int
@@ -40,6 +40,12 @@ class Pipeline:
     image_size: int  # side of an image, pixels
     dtype: torch.dtype  # of UNet and VAE; the text encoder runs in f32
     device: torch.device
+    notes: tuple[str, ...] = ()  # of a component that "auto" could not take the fast one for
+
+    @property
+    def components(self) -> dict[str, str]:
+        """Whose code runs: "diffusers" or "fast", by component."""
+        return {"denoiser": self.denoiser.kind, "encoder": self.encoder.kind}
 
     def decode(
         self,
@@ -53,7 +59,8 @@ def load_pipeline(config: ModelConfig, device: torch.device | str = "cpu") -> Pi
     """The model that `config` names, on `device`.
 
     Raises:
-        SDIFastError: for a model that is not there, incomplete, broken or of another kind.
+        SDIFastError: for a model that is not there, incomplete, broken or of another kind, or that
+            a component asked for as "fast" does not support.
     """
     device = torch.device(device)
     dtype = resolve_dtype(config.dtype, device)
@@ -71,16 +78,21 @@ def load_pipeline(config: ModelConfig, device: torch.device | str = "cpu") -> Pi
     _check_fit(unet.config, vae.config, text_model.config)
     sample_size = _sample_size(unet.config)
     image_size = sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    latent_channels = int(unet.config.in_channels)
+    denoiser, why = choose_denoiser(unet.to(device), config.denoiser)
+    encoder = LatentEncoder(vae.to(device), image_size, config.encoder)
+    notes = {"model.denoiser": why, "model.encoder": encoder.note}
     return Pipeline(
         schedule=schedule,
-        denoiser=Denoiser(unet.to(device)),
-        encoder=LatentEncoder(vae.to(device), image_size),
+        denoiser=denoiser,
+        encoder=encoder,
         prompts=TextEncoder(text_model, tokenizer, device),
-        latent_channels=int(unet.config.in_channels),
+        latent_channels=latent_channels,
         sample_size=sample_size,
         image_size=image_size,
         dtype=dtype,
         device=device,
+        notes=tuple(f"{key}: {note}" for key, note in notes.items() if note),
     )
 
 

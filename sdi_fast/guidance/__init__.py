@@ -17,20 +17,20 @@ def make_guidance(
     config: GuidanceConfig,
     *,
     sds_loss: SDSLoss = "x0",
-    static: bool = False,
 ) -> Guidance:
     """The method that `config.method` names.
 
     Args:
         sds_loss: "x0" puts SDS on SDI's loss, so that the two differ in their noise alone and
             the other losses' weights keep their meaning; "latent" is threestudio's SDS.
-        static: SDI from fixed buffers, on a GPU as captured graphs; see SDI.
 
     Raises:
         SDIFastError: for a method of no known name, or a setting out of range.
     """
     if config.method == "sdi":
-        return SDI(pipeline, config, static=static)
+        return SDI(pipeline, config)
     if config.method == "sds":
+        if config.static:
+            raise SDIFastError('static: expected false with method "sds", which inverts nothing')
         return SDS(pipeline, config, loss=sds_loss)
     raise SDIFastError(f"method: expected 'sdi' or 'sds', got {config.method!r}")

@@ -17,6 +17,7 @@ from ..diffusion.invert import DiffusionModel, ddim_invert, plan_inversion
 from ..diffusion.invert_graph import InversionGraphs
 from ..diffusion.prompt import Condition
 from ..diffusion.schedule import draw_delta
+from ..diffusion.shortcuts import check_shortcuts
 from ..types import SDIFastError
 from .base import GuidanceOutput, check_config, check_inputs, x0_loss
 
@@ -28,18 +29,19 @@ class SDI:
         model: a schedule and a denoiser.
         config: `variant` decides the level mismatch, the entropy noise, tau and the number of
             inversion steps together (methods.md G1 to G3, G5).
-        static: compute from fixed buffers, on a GPU as captured graphs. The noise then comes from
-            a stream of its own, seeded anew by `generator` at every target, so that the generator
-            remains all of the state that a run has to keep.
+        static: compute from fixed buffers, on a GPU as captured graphs; None: as `config` says.
+            The noise then comes from a stream of its own, seeded anew by `generator` at every
+            target, so that the generator remains all of the state that a run has to keep.
     """
 
     def __init__(
-        self, model: DiffusionModel, config: GuidanceConfig, *, static: bool = False
+        self, model: DiffusionModel, config: GuidanceConfig, *, static: bool | None = None
     ) -> None:
         check_config(config)
         self.model = model
         self.config = config
-        self.static = static
+        self.static = config.static if static is None else static
+        check_shortcuts(model.denoiser, config.shortcuts, self.static)
         self._graphs: InversionGraphs | None = None  # of the shapes seen last
 
     @torch.no_grad()

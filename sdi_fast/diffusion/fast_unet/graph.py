@@ -116,14 +116,21 @@ class GraphedUNet:
     """A drop-in for Denoiser that captures each shape at its first call and then replays.
 
     All graphs share their memory. Inside of a capture by the caller, the kernels are launched
-    themselves, to become part of that graph.
+    themselves, to become part of that graph; so they are by the calls on prepared text, which are
+    for callers that capture more than one call.
     """
 
+    kind = "fast"
     shares_latents = True  # predict takes K conditions of each latent
 
     def __init__(self, unet: FastUNet) -> None:
         self.unet = unet
         self.graphs: dict[tuple[int, ...], CapturedUNet] = {}
+        self.prepare = unet.prepare
+        self.predict_prepared = unet.predict_prepared
+        self.predict_deep = unet.predict_deep
+        self.predict_shallow = unet.predict_shallow
+        self.warm_up = unet.warm_up
 
     @property
     def device(self) -> torch.device:

@@ -28,6 +28,10 @@ class TextCache:
     def n_rows(self) -> int:
         return int(self.projected.shape[0])
 
+    def first(self, n: int) -> TextCache:
+        """The first n rows, at the same address."""
+        return TextCache(self.projected[:n])
+
 
 class FastUNet:
     """A frozen UNet2DConditionModel as a function on packed weights, drop-in for Denoiser.
@@ -43,6 +47,7 @@ class FastUNet:
         SDIFastError: for a UNet with a feature that is not implemented, naming it.
     """
 
+    kind = "fast"
     shares_latents = True  # predict takes K conditions of each latent
 
     def __init__(
@@ -118,12 +123,39 @@ class FastUNet:
 
         Host and device are never synchronised. A t outside of its range fails on the device.
         """
+        return self._call(x, t, cache)[0]
+
+    def predict_deep(
+        self,
+        x: Tensor,  # as in predict_prepared, and so on
+        t: Tensor,
+        cache: TextCache,
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and the deep feature for predict_shallow, [K * B, H, W, C]."""
+        out, deep = self._call(x, t, cache, None, True)
+        assert deep is not None
+        return out, deep
+
+    def predict_shallow(
+        self,
+        x: Tensor,  # as in predict_prepared, and so on
+        t: Tensor,
+        cache: TextCache,
+        deep: Tensor,  # [K * B, H, W, C], of predict_deep at a near time step
+    ) -> Tensor:
+        """An approximation of predict_prepared by the outermost levels alone."""
+        if deep.shape[0] != cache.n_rows:
+            raise SDIFastError(f"deep: expected {cache.n_rows} rows, got {deep.shape[0]}")
+        return self._call(x, t, cache, deep)[0]
+
+    @torch.no_grad()
+    def _call(self, x: Tensor, t: Tensor, cache: TextCache, *deep: Any) -> Any:
         self.check(x, t, cache)
         self.n_calls += 1
         if not x.is_cuda:
-            return self._forward(x, t, cache.projected)
+            return self._forward(x, t, cache.projected, *deep)
         with torch.cuda.device(x.device), self._cudnn_benchmark():
-            return self._forward(x, t, cache.projected)
+            return self._forward(x, t, cache.projected, *deep)
 
     @contextlib.contextmanager
     def _cudnn_benchmark(self) -> Iterator[None]:

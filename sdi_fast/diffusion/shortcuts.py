@@ -1,0 +1,174 @@
+"""Approximate inversions: which calls of the UNet may be cheaper, and how (config.Shortcuts).
+
+Consecutive steps of one inversion ask the UNet for nearly the same. Two things can be reused:
+
+- deep_cache: the deep feature (fast_unet/forward.py), recomputed every so many steps; in between
+  only the outermost levels run (DeepCache, arXiv 2312.00858).
+- reuse_negatives: Perp-Neg's differences n_i - u to the unconditional output (eps or v, as the
+  model gives it), evaluated every so many steps; in between a step has 2 conditions instead of 4.
+
+The first step and the prediction are exact. What a step reuses depends on its place in its own
+inversion alone, so that a sample gets the same in every batch. There is no fp8 mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Shortcuts
+from ..types import SDIFastError
+
+N_PLAIN = 2  # conditions without Perp-Neg's negatives, which come behind them
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the UNet."""
+
+    full: bool  # with its deep part
+    n_conditions: int
+
+
+# Work of a call as a part of a full one with 4 conditions, counted by fast_unet/work.py on SD 2.1
+# at 64 x 64 latents. A call of 2 conditions is more than half: what sees no text is shared.
+SD21_COSTS: dict[Call, float] = {
+    Call(True, 4): 1.0,
+    Call(True, 2): 0.507,
+    Call(False, 4): 0.375,
+    Call(False, 2): 0.194,
+}
+
+
+def plan_calls(n_steps: int, n_conditions: int, shortcuts: Shortcuts) -> tuple[Call, ...]:
+    """The calls of an inversion of `n_steps` and of the prediction, in order."""
+    calls: list[Call] = []
+    age = rows = 0  # steps since the deep feature was computed, and for how many conditions
+    for step in range(n_steps):
+        skips = n_conditions > N_PLAIN and step % max(shortcuts.reuse_negatives, 1) > 0
+        n = N_PLAIN if skips else n_conditions
+        full = step == 0 or age >= max(shortcuts.deep_cache, 1) or rows < n
+        if full:
+            age, rows = 0, n
+        age += 1
+        calls.append(Call(full, n))
+    return (*calls, Call(True, n_conditions))
+
+
+def target_work(calls: Sequence[Call], costs: Mapping[Call, float] = SD21_COSTS) -> float:
+    """UNet work of a target in full calls with the conditions that its last call has.
+
+    Args:
+        calls: of `plan_calls`.
+        costs: work of every kind of call, in any unit.
+    """
+    return sum(costs[call] for call in calls) / costs[calls[-1]]
+
+
+class ConditionedUNet:
+    """A denoiser called with B latents for all K conditions, with text prepared once if it can.
+
+    Takes any DenoiserLike; one that also has `prepare(context) -> cache` and
+    `predict_prepared(x, t, cache)`, of B latents and K B rows of text, is asked that way.
+    """
+
+    def __init__(self, denoiser: Any) -> None:
+        self.denoiser = denoiser
+        self.prepares = hasattr(denoiser, "prepare") and hasattr(denoiser, "predict_prepared")
+
+    def prepare(
+        self,
+        embeddings: Tensor,  # [K, B, T, D]
+    ) -> Any:
+        """What `predict` takes for this text."""
+        rows = embeddings.flatten(0, 1)
+        return self.denoiser.prepare(rows) if self.prepares else rows
+
+    def warm_up(self, x: Tensor, t: Tensor, cache: Any) -> None:
+        """Lets the denoiser choose its kernels, where it does."""
+        if self.prepares and hasattr(self.denoiser, "warm_up"):
+            self.denoiser.warm_up(x, t, cache)
+
+    def first(self, cache: Any, n_rows: int) -> Any:
+        """The first rows of what `prepare` gave."""
+        return cache.first(n_rows) if self.prepares else cache[:n_rows]
+
+    def predict(
+        self,
+        x: Tensor,  # [B, C, h, w]
+        t: Tensor,  # [B] i64
+        cache: Any,
+        n_conditions: int,
+    ) -> Tensor:
+        """The raw outputs, [K, B, C, h, w]."""
+        k = n_conditions
+        if self.prepares:
+            outputs = self.denoiser.predict_prepared(x, t, cache)
+        else:
+            outputs = self.denoiser.predict(x.repeat(k, 1, 1, 1), t.repeat(k), cache)
+        return outputs.unflatten(0, (k, x.shape[0]))
+
+
+class PlannedUNet:
+    """The calls of one target, one after another.
+
+    Args:
+        unet: the denoiser.
+        cache: its prepared text of all K conditions.
+        n_conditions: K; with negatives they are positive, unconditional, negative 1, negative 2.
+        shortcuts: those that the calls were planned with.
+    """
+
+    def __init__(
+        self, unet: ConditionedUNet, cache: Any, n_conditions: int, shortcuts: Shortcuts
+    ) -> None:
+        self.unet, self.cache, self.n_conditions = unet, cache, n_conditions
+        self.keeps_deep = shortcuts.deep_cache > 1
+        self.keeps_away = shortcuts.reuse_negatives > 1 and n_conditions > N_PLAIN
+        self._deep: Tensor | None = None  # [K * B, H, W, C]
+        self._away: Tensor | None = None  # [2, B, C, h, w], n_i - u
+
+    def predict(
+        self,
+        x: Tensor,  # [B, C, h, w]
+        t: Tensor,  # [B] i64
+        call: Call,
+    ) -> Tensor:
+        """The raw outputs of all K conditions, [K, B, C, h, w]."""
+        k = call.n_conditions
+        n_rows = k * x.shape[0]
+        cache = self.cache if k == self.n_conditions else self.unet.first(self.cache, n_rows)
+        denoiser = self.unet.denoiser
+        if not self.keeps_deep:
+            outputs = self.unet.predict(x, t, cache, k)
+        elif call.full:
+            flat, self._deep = denoiser.predict_deep(x, t, cache)
+            outputs = flat.unflatten(0, (k, x.shape[0]))
+        else:
+            assert self._deep is not None
+            flat = denoiser.predict_shallow(x, t, cache, self._deep[:n_rows])
+            outputs = flat.unflatten(0, (k, x.shape[0]))
+        if not self.keeps_away:
+            return outputs
+        if k == self.n_conditions:
+            self._away = outputs[N_PLAIN:] - outputs[1]
+            return outputs
+        assert self._away is not None
+        return torch.cat([outputs, outputs[1] + self._away])
+
+
+def check_shortcuts(denoiser: Any, shortcuts: Shortcuts, static: bool) -> None:
+    """Raises SDIFastError where these cannot be taken."""
+    if shortcuts.exact:
+        return
+    if not static:
+        raise SDIFastError("deep_cache, reuse_negatives: expected static = True with them")
+    if shortcuts.deep_cache > 1 and not hasattr(denoiser, "predict_deep"):
+        raise SDIFastError(
+            'deep_cache: expected the denoiser "fast", which can be split, got '
+            f"{getattr(denoiser, 'kind', type(denoiser).__name__)!r}"
+        )
