@@ -25,7 +25,6 @@ from .invert import DiffusionModel, inversion_paths
 from .prompt import Condition
 from .shortcuts import ConditionedUNet, PlannedUNet, check_shortcuts, plan_calls
 
-MAX_GRAPHS = 12  # one for each number of steps that ten grid steps allow, and one to spare
 N_WARM_UP = 2  # calls before the first capture: libraries allocate and choose then
 
 
@@ -49,7 +48,8 @@ class InversionGraphs:
         latents: of the shape, dtype and device to serve; the numbers do not matter.
         condition: likewise.
         capture: None: where `latents` are on a GPU.
-        max_graphs: the graph that was not used for longest goes when there are more.
+        max_graphs: the graph that was not used for longest goes when there are more; None: one for
+            each number of steps that the grid allows, and one to spare.
         seed: of the noise stream; see `rng_state`.
     """
 
@@ -61,7 +61,7 @@ class InversionGraphs:
         condition: Condition,
         *,
         capture: bool | None = None,
-        max_graphs: int = MAX_GRAPHS,
+        max_graphs: int | None = None,
         seed: int = 0,
     ) -> None:
         if latents.shape[0] != condition.batch_size:
@@ -70,7 +70,7 @@ class InversionGraphs:
             )
         self.schedule, self.config = model.schedule, config
         self.capture = latents.is_cuda if capture is None else capture
-        self.max_graphs = max_graphs
+        self.max_graphs = config.inversion_n_steps + 2 if max_graphs is None else max_graphs
         self.shortcuts = config.shortcuts
         check_shortcuts(model.denoiser, self.shortcuts, static=True)
         self._unet = ConditionedUNet(model.denoiser)
@@ -101,7 +101,7 @@ class InversionGraphs:
         if self.capture:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(device)  # of warm-up and captures alike
-        self._is_warm = False
+        self._warm: set[bool] = set()  # kinds of noise (given or drawn) that have run
         self._last = (1, False)
 
     def fits(self, latents: Tensor, condition: Condition) -> bool:
@@ -237,9 +237,9 @@ class InversionGraphs:
             self._compute(*key)
             return
         if key not in self._graphs:
-            self._graphs[key] = self._captured(key)
-            if len(self._graphs) > self.max_graphs:
+            if len(self._graphs) >= self.max_graphs:
                 self._graphs.popitem(last=False)
+            self._graphs[key] = self._captured(key)
         self._graphs.move_to_end(key)
         self._graphs[key].replay()
 
@@ -247,16 +247,16 @@ class InversionGraphs:
         with torch.cuda.device(self._z.device):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                self._warm_up()
+                self._warm_up(key[1])
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 self._compute(*key)
         return graph
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, given: bool) -> None:
         """Runs all kernels once; the noise stream stays where it is."""
-        if self._is_warm:
+        if given in self._warm:
             return
         state = self._rng.clone()
         cache, k = self._unet.prepare(self._embeddings), self._embeddings.shape[0]
@@ -265,9 +265,9 @@ class InversionGraphs:
         for n in {call.n_conditions for call in kinds[-1]}:
             self._unet.warm_up(self._z, self._t, self._unet.first(cache, n * len(self._z)))
         for _ in range(N_WARM_UP):
-            self._compute(1 + kinds.index(kinds[-1]), False)  # few steps with calls of every kind
+            self._compute(1 + kinds.index(kinds[-1]), given)  # few steps with calls of every kind
         self._rng.copy_(state)
-        self._is_warm = True
+        self._warm.add(given)
 
     @torch.no_grad()
     def check(self, tolerance: float = 1e-3) -> float:

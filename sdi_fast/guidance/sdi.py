@@ -21,6 +21,8 @@ from ..diffusion.shortcuts import check_shortcuts
 from ..types import SDIFastError
 from .base import GuidanceOutput, check_config, check_inputs, x0_loss
 
+MAX_SHAPES = 2  # batches, say, whose buffers and graphs are kept
+
 
 class SDI:
     """The method of the paper, in both of its variants.
@@ -42,7 +44,7 @@ class SDI:
         self.config = config
         self.static = config.static if static is None else static
         check_shortcuts(model.denoiser, config.shortcuts, self.static)
-        self._graphs: InversionGraphs | None = None  # of the shapes seen last
+        self._graphs: list[InversionGraphs] = []  # of the shapes seen last, the last one first
 
     @torch.no_grad()
     def target(
@@ -98,6 +100,16 @@ class SDI:
             n_unet_calls=inversion.n_unet_calls + 1,
         )
 
+    def _graphs_of(self, z: Tensor, condition: Condition) -> InversionGraphs:
+        fitting = [g for g in self._graphs if g.fits(z, condition)]
+        others = [g for g in self._graphs if g not in fitting][: MAX_SHAPES - 1]
+        self._graphs = []  # lets go of the oldest before a new one takes memory
+        if not fitting:
+            with torch.inference_mode(False):  # buffers of that mode could not be written later
+                fitting = [InversionGraphs(self.model, self.config, z, condition)]
+        self._graphs = [*fitting, *others]
+        return fitting[0]
+
     def _static_target(
         self,
         z: Tensor,
@@ -107,9 +119,7 @@ class SDI:
         generator: torch.Generator | None,
         eta_noise: Tensor | None,
     ) -> GuidanceOutput:
-        graphs = self._graphs
-        if graphs is None or not graphs.fits(z, condition):
-            graphs = self._graphs = InversionGraphs(self.model, self.config, z, condition)
+        graphs = self._graphs_of(z, condition)
         if eta_noise is None and self.config.inversion_eta != 0.0:
             graphs.reseed(_needed(generator, "the inversion's noise"))
         out = graphs.target(z, condition, t.tolist(), delta.tolist(), eta_noise=eta_noise)

@@ -24,8 +24,8 @@ class CapturedUNet:
         batch_size: B.
         size: (h, w) of the latents.
         cache: prepared text of K * B rows; update it with `unet.prepare(context, cache)`.
-        pool: of another graph's `pool`, where the two never replay at the same time: they then
-            share their memory, and `out` of one is overwritten by the other.
+        beside: another one that never replays at the same time: the two then share their memory,
+            and `out` of one is overwritten by the other.
     """
 
     def __init__(
@@ -35,17 +35,21 @@ class CapturedUNet:
         size: tuple[int, int],
         cache: TextCache,
         *,
-        pool: Any = None,
+        beside: CapturedUNet | None = None,
     ) -> None:
         if unet.device.type != "cuda":
             raise SDIFastError(f"unet: expected one on a GPU to capture, got {unet.device}")
         self.unet, self.cache = unet, cache
         shape = (batch_size, unet.packed.in_channels, *size)
-        self.x = torch.randn(shape, device=unet.device)
-        self.t = torch.zeros(batch_size, dtype=torch.long, device=unet.device)
         self.n_replays = 0
         self.graph = torch.cuda.CUDAGraph()
-        self.out = self._capture(pool)
+        draws = torch.Generator(unet.device).manual_seed(0)  # the default one is the caller's
+        with torch.inference_mode(False), torch.cuda.device(unet.device):
+            self.x = torch.randn(shape, device=unet.device, generator=draws)
+            self.t = torch.zeros(batch_size, dtype=torch.long, device=unet.device)
+            # memory freed on one stream is not reused on another
+            self.stream: torch.cuda.Stream = beside.stream if beside else torch.cuda.Stream()
+            self.out = self._capture(beside.pool if beside else None)
 
     @property
     def pool(self) -> Any:
@@ -53,15 +57,14 @@ class CapturedUNet:
         return self.graph.pool()
 
     def _capture(self, pool: Any) -> Tensor:
-        with torch.cuda.device(self.unet.device):
-            main, side = torch.cuda.current_stream(), torch.cuda.Stream()
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
-                for _ in range(N_WARM_UP):
-                    self.unet.warm_up(self.x, self.t, self.cache)
-            main.wait_stream(side)
-            with torch.cuda.graph(self.graph, pool=pool, stream=side):
-                return self.unet.predict_prepared(self.x, self.t, self.cache)
+        main, side = torch.cuda.current_stream(), self.stream
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            for _ in range(N_WARM_UP):
+                self.unet.warm_up(self.x, self.t, self.cache)
+        main.wait_stream(side)
+        with torch.cuda.graph(self.graph, pool=pool, stream=side):
+            return self.unet.predict_prepared(self.x, self.t, self.cache)
 
     def replay(self) -> Tensor:
         """`out` for what x, t and the cache now hold."""
@@ -157,11 +160,11 @@ class GraphedUNet:
         key = (*x.shape, *context.shape)
         captured = self.graphs.get(key)
         if captured is None:
-            pool = next(iter(self.graphs.values())).pool if self.graphs else None
+            beside = next(iter(self.graphs.values()), None)
             size = (x.shape[2], x.shape[3])
             cache = self.unet.prepare(context)
             self.unet.check(x, t, cache)
-            captured = CapturedUNet(self.unet, x.shape[0], size, cache, pool=pool)
+            captured = CapturedUNet(self.unet, x.shape[0], size, cache, beside=beside)
             self.graphs[key] = captured
         self.unet.prepare(context, captured.cache)
         return captured(x, t).clone()
