@@ -105,7 +105,7 @@ class Shortcuts:
     """Approximations of an inversion, for speed (diffusion/shortcuts.py); 0 and 1 are exact."""
 
     deep_cache: int = 0  # the UNet's deep part runs every so many steps, and is reused between
-    reuse_negatives: int = 0  # so do Perp-Neg's negative conditions
+    reuse_negatives: int = 0  # so do Perp-Neg's negatives; their difference to the positive is kept
 
     @property
     def exact(self) -> bool:

@@ -244,7 +244,7 @@ def test_the_calls_are_those_planned(toyworld: Pipeline, monkeypatch: pytest.Mon
 
 
 def test_negatives_that_do_not_change_may_be_reused() -> None:
-    """n_i - u constant in x and t: nothing is lost; in wavy_eps it changes. With any denoiser."""
+    """n_i - p constant in x and t: nothing is lost; in wavy_eps it changes. With any denoiser."""
 
     def shifted(x: Tensor, a: Tensor, c: Tensor) -> Tensor:
         pattern = torch.linspace(-1, 1, x[0].numel(), dtype=x.dtype).view(x[0].shape)

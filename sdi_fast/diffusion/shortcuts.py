@@ -4,8 +4,10 @@ Consecutive steps of one inversion ask the UNet for nearly the same. Two things 
 
 - deep_cache: the deep feature (fast_unet/forward.py), recomputed every so many steps; in between
   only the outermost levels run (DeepCache, arXiv 2312.00858).
-- reuse_negatives: Perp-Neg's differences n_i - u to the unconditional output (eps or v, as the
-  model gives it), evaluated every so many steps; in between a step has 2 conditions instead of 4.
+- reuse_negatives: the differences n_i - p of Perp-Neg's negatives to the positive output (eps or v,
+  as the model gives it), evaluated every so many steps; in between a step has 2 conditions instead
+  of 4. Perp-Neg takes of n_i - u what is perpendicular to p - u, and n_i - u = (n_i - p) + (p - u):
+  n_i - p says as much and is the smaller. With n_i - u the gradient was off four times as far.
 
 The first step and the prediction are exact. What a step reuses depends on its place in its own
 inversion alone, so that a sample gets the same in every batch. There is no fp8 mode.
@@ -130,7 +132,7 @@ class PlannedUNet:
         self.keeps_deep = shortcuts.deep_cache > 1
         self.keeps_away = shortcuts.reuse_negatives > 1 and n_conditions > N_PLAIN
         self._deep: Tensor | None = None  # [K * B, H, W, C]
-        self._away: Tensor | None = None  # [2, B, C, h, w], n_i - u
+        self._away: Tensor | None = None  # [2, B, C, h, w], n_i - p
 
     def predict(
         self,
@@ -155,10 +157,10 @@ class PlannedUNet:
         if not self.keeps_away:
             return outputs
         if k == self.n_conditions:
-            self._away = outputs[N_PLAIN:] - outputs[1]
+            self._away = outputs[N_PLAIN:] - outputs[0]
             return outputs
         assert self._away is not None
-        return torch.cat([outputs, outputs[1] + self._away])
+        return torch.cat([outputs, outputs[0] + self._away])
 
 
 def check_shortcuts(denoiser: Any, shortcuts: Shortcuts, static: bool) -> None:
