@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 import tyro
-from harness import Timing, compare, report
-from torch import Tensor, nn
+from harness import Timing, captured, compare, report
+from sd21 import TFLOP_A_SAMPLE, make_unet
+from torch import Tensor
 
 from sdi_fast.config import SPEEDS, GuidanceConfig
 from sdi_fast.diffusion.denoiser import Denoiser, make_denoiser
@@ -35,18 +36,7 @@ from sdi_fast.guidance import SDI
 from sdi_fast.ops.guided_step import guided_step
 from sdi_fast.types import StepSpec
 
-TFLOP_A_SAMPLE = 0.804
 DELTA = 37
-SD21_BASE: dict[str, Any] = dict(
-    sample_size=64,
-    block_out_channels=(320, 640, 1280, 1280),
-    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    layers_per_block=2,
-    cross_attention_dim=1024,
-    attention_head_dim=[5, 10, 20, 20],
-    use_linear_projection=True,
-)
 # eager: ddim_invert, a launch a kernel; static: InversionGraphs; nhwc: channels_last
 CANDIDATES = (
     "eager", "compile", "static", "static-nhwc", "static-compile", "static-fast",
@@ -71,20 +61,6 @@ class Args:
 def sd_schedule() -> DDIMSchedule:
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     return DDIMSchedule(torch.cumprod(1.0 - betas, dim=0).cuda())
-
-
-def make_unet() -> Any:
-    """SD 2.1-base with random weights, f32."""
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        unet = UNet2DConditionModel(**SD21_BASE)
-    for module in unet.modules():
-        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            nn.init.normal_(module.weight, 1.0, 0.1)
-            nn.init.normal_(module.bias, 0.0, 0.1)
-    return unet.eval().requires_grad_(False)
 
 
 class Case:
@@ -144,24 +120,6 @@ def speed_of(name: str) -> str:
 def relative(a: Tensor, b: Tensor) -> float:
     error = float((a.double() - b.double()).norm() / b.double().norm())
     return error if error == error else float("inf")
-
-
-def captured(call: Callable[[], Any]) -> Callable[[], None]:
-    """A replay of `call`."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side), torch.no_grad():
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
-        kept = call()
-
-    def replay(keep: Any = kept) -> None:
-        graph.replay()
-
-    return replay
 
 
 def one_call_ms(denoiser: Any, case: Case) -> float:

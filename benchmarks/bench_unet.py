@@ -23,27 +23,13 @@ from typing import Any
 
 import torch
 import tyro
-from harness import RESULTS, compare, report
-from torch import Tensor, nn
+from harness import RESULTS, captured, compare, report
+from sd21 import TFLOP_A_SAMPLE, make_unet
+from torch import Tensor
 
 from sdi_fast.diffusion.fast_unet import CapturedUNet, FastUNet, FastUNetOptions
 from sdi_fast.diffusion.fast_unet.choices import store
 
-TFLOP_A_SAMPLE = 0.804
-SD21_BASE: dict[str, Any] = dict(
-    sample_size=64,
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=(320, 640, 1280, 1280),
-    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    layers_per_block=2,
-    cross_attention_dim=1024,
-    attention_head_dim=[5, 10, 20, 20],
-    use_linear_projection=True,
-    norm_num_groups=32,
-    act_fn="silu",
-)
 CANDIDATES = (
     "diffusers", "diffusers-nhwc-graph", "diffusers-compile-graph",
     "ours", "ours-graph", "ours-graph-shared", "ours-tuned-graph", "ours-tuned-graph-shared",
@@ -66,39 +52,6 @@ class Args:
     name: str = "unet"  # of the file of results
     store: bool = False  # what was measured, for all users of such a GPU
     options: FastUNetOptions = dataclasses.field(default_factory=FastUNetOptions)
-
-
-def make_sd21_unet(device: str = "cuda") -> Any:
-    """SD 2.1-base with random weights, biases and norms, f32."""
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        unet = UNet2DConditionModel(**SD21_BASE)
-    for module in unet.modules():
-        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            nn.init.normal_(module.weight, 1.0, 0.1)
-            nn.init.normal_(module.bias, 0.0, 0.1)
-    return unet.eval().requires_grad_(False)
-
-
-def capture(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A replay of `function`, whose inputs stay where they are."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side), torch.no_grad():
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
-        out = function()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay
 
 
 @dataclasses.dataclass
@@ -124,7 +77,7 @@ class Models:
     def __init__(self, args: Args) -> None:
         self.args = args
         self.dtype = getattr(torch, args.dtype)
-        self.exact = make_sd21_unet().to(self.dtype).float()  # the weights that all others have
+        self.exact = make_unet().to(self.dtype).float()  # the weights that all others have
         self.made: dict[str, Any] = {}
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
@@ -170,10 +123,10 @@ def candidate(models: Models, name: str, given: Inputs) -> Callable[[], Tensor]:
         return diffusers_call(models, models.plain(), given)
     if name == "diffusers-nhwc-graph":
         with cudnn_benchmark():
-            return capture(diffusers_call(models, models.nhwc(), given))
+            return captured(diffusers_call(models, models.nhwc(), given))
     if name == "diffusers-compile-graph":
         with cudnn_benchmark():
-            return capture(diffusers_call(models, models.compiled(), given))
+            return captured(diffusers_call(models, models.compiled(), given))
     kinds = [kind for kind in ("compile", "tuned") if kind in name]
     fast = models.fast(kinds[0] if kinds else "eager")
     cache = fast.prepare(given.context)
@@ -181,11 +134,11 @@ def candidate(models: Models, name: str, given: Inputs) -> Callable[[], Tensor]:
     if name == "ours":
         fast.warm_up(x, t, cache)
         return lambda: fast.predict_prepared(x, t, cache)
-    captured = CapturedUNet(fast, x.shape[0], (64, 64), cache)
-    print(f"  {name}: a replay differs from the eager result by {captured.check():.1e}")
-    captured.x.copy_(x)
-    captured.t.copy_(t)
-    return captured.replay
+    graph = CapturedUNet(fast, x.shape[0], (64, 64), cache)
+    print(f"  {name}: a replay differs from the eager result by {graph.check():.1e}")
+    graph.x.copy_(x)
+    graph.t.copy_(t)
+    return graph.replay
 
 
 @contextlib.contextmanager
