@@ -55,6 +55,17 @@ def test_choices_take_the_fastest_that_runs(monkeypatch: pytest.MonkeyPatch) -> 
         choices.pick("other", {"broken": broken, "too": broken})
 
 
+def test_nothing_is_measured_in_deterministic_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    choices = Choices()
+    choices.start(torch.device("cuda"))
+    assert choices.timer is None
+    assert (
+        choices.pick("key", {"one": lambda: torch.tensor(1), "two": lambda: torch.tensor(2)}) == 1
+    )
+    assert not choices.times_us
+
+
 def test_stored_choices_need_no_measurement(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

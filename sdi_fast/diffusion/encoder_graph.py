@@ -24,10 +24,12 @@ N_WARM_UP = 3  # calls before a capture: compilation and cuDNN's measurements
 
 @contextlib.contextmanager
 def cudnn_benchmark() -> Iterator[None]:
-    """cuDNN's fastest algorithm a shape, measured at its first call."""
+    """cuDNN's fastest algorithm a shape, measured at its first call; in torch's deterministic mode
+    the one that it takes without measuring, which two processes share."""
     cudnn: Any = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.benchmark_limit
-    cudnn.benchmark, cudnn.benchmark_limit = True, 0  # all algorithms
+    cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    cudnn.benchmark_limit = 0  # all algorithms
     try:
         yield
     finally:

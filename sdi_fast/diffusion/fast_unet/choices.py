@@ -34,8 +34,10 @@ class Choices:
         self.timer: Timer | None = None
 
     def start(self, device: torch.device) -> None:
-        """From here on new keys are measured."""
-        self.timer = Timer(device)
+        """From here on new keys are measured; not in torch's deterministic mode, where two
+        processes have to choose alike."""
+        if not torch.are_deterministic_algorithms_enabled():
+            self.timer = Timer(device)
 
     def stop(self) -> None:
         self.timer = None

@@ -162,7 +162,8 @@ class FastUNet:
         """cuDNN's fastest algorithm per shape, measured at the shape's first call."""
         cudnn: Any = torch.backends.cudnn
         before = cudnn.benchmark, cudnn.benchmark_limit
-        cudnn.benchmark, cudnn.benchmark_limit = True, self.options.cudnn_benchmark_limit
+        cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+        cudnn.benchmark_limit = self.options.cudnn_benchmark_limit
         try:
             yield
         finally:
