@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from ops_cases import F64, as_tuple, rand, randn, random_samples, rays_at
 
 from sdi_fast.ops.adam import adam_step
+from sdi_fast.ops.composite import composite
 from sdi_fast.ops.march import march
 from sdi_fast.ops.occupancy import update_occupancy
 from sdi_fast.ops.prune import prune
@@ -262,3 +265,26 @@ def test_adams_shadow_rounds_as_torch_does(dtype: torch.dtype) -> None:
     torch.testing.assert_close(param, before, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(shadow, before.half(), rtol=0, atol=0, equal_nan=True)
     assert torch.equal(shadow.signbit(), before.half().signbit())  # of zeros, too
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_density_that_is_not_finite_spoils_its_own_ray_alone(value: float) -> None:
+    """The rest of that ray is dropped or black; the rays behind it are as ever."""
+    samples = random_samples((4, 5, 3))
+    density = rand(12, seed=5) * 20.0
+    density[1] = value
+    ours = prune(samples, density, 1e-4, 1e-3)
+    twin = prune(samples, density, 1e-4, 1e-3, backend="reference")
+    for a, b in zip(as_tuple(ours), as_tuple(twin), strict=True):
+        assert torch.equal(a, b)
+    assert twin.packed_info[:, 1].tolist() == [1 if math.isnan(value) else 2, 5, 3]
+
+    rgb, normal, directions = rand(12, 3, seed=6), randn(12, 3, seed=7), randn(3, 3, seed=8)
+    sums = [
+        composite(density, rgb, normal, samples, directions, backend=backend)
+        for backend in ("auto", "reference")
+    ]
+    for name in ("rgb", "opacity", "depth", "normal_sum", "weights"):
+        a, b = (getattr(s, name) for s in sums)
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert sums[1].opacity.isnan().tolist() == [math.isnan(value), False, False]

@@ -45,11 +45,26 @@ def composite(
 def alpha_and_transmittance(density: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
     """Each sample's opacity and the share of light that reaches it, [N] each, in [0, 1]."""
     optical = density * (samples.t_ends - samples.t_starts)
-    # in f64: the rays' own sums are differences of one running sum over millions of samples
-    before = optical.double().cumsum(0) - optical.double()
-    first = samples.packed_info[samples.ray_indices, 0]  # [N], first sample of the same ray
-    before = (before - before[first]).to(optical.dtype)
+    before = _optical_depth_before(optical, samples).to(optical.dtype)
     return -torch.expm1(-optical), torch.exp(-before)
+
+
+def _optical_depth_before(optical: Tensor, samples: Samples) -> Tensor:  # [N] f64
+    """Sum over the samples before on the same ray."""
+    first = samples.packed_info[samples.ray_indices, 0]  # [N], first sample of the same ray
+
+    def sum_before(values: Tensor) -> Tensor:
+        # in f64: the rays' own sums are differences of one running sum over millions of samples
+        before = values.double().cumsum(0) - values.double()
+        return before - before[first]
+
+    finite = optical.isfinite()
+    if bool(finite.all()):
+        return sum_before(optical)
+    # what is not finite would spoil all rays behind it
+    before = sum_before(torch.where(finite, optical, 0.0))
+    before = torch.where(sum_before(optical == torch.inf) > 0, torch.inf, before)
+    return torch.where(sum_before(optical.isnan()) > 0, torch.nan, before)
 
 
 def _sum_by_ray(values: Tensor, ray: Tensor, n_rays: int) -> Tensor:
