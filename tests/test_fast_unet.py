@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import relative_error
 from tiny_sd import build_models
-from torch import nn
+from torch import Tensor, nn
 from unets import SD21, build, inputs, randomise, sd15_topology, sd21_topology
 
 from sdi_fast.diffusion.denoiser import Denoiser, make_denoiser
@@ -22,6 +22,8 @@ from sdi_fast.diffusion.fast_unet import CapturedUNet, FastUNet, FastUNetOptions
 from sdi_fast.diffusion.fast_unet.choices import Choices
 from sdi_fast.diffusion.fast_unet.layers import Layers
 from sdi_fast.diffusion.fast_unet.packing import Norm, pack, phase_weights
+from sdi_fast.diffusion.guide import guided_output
+from sdi_fast.diffusion.prompt import Condition
 from sdi_fast.ops.unet_ops import interleave_phases
 from sdi_fast.types import SDIFastError
 
@@ -264,6 +266,26 @@ def test_the_factory(small: Any) -> None:
     plain = make_denoiser(small)
     assert relative_error(fast.predict(x, t, context), plain.predict(x, t, context)) < TOLERANCE
     assert fast.n_calls == plain.n_calls == 1
+
+
+def test_guidance_gives_a_shared_latent_once(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four conditions of two samples: two latents and eight texts; diffusers gets eight of both."""
+    x, t, context = inputs(small, 2, 4)
+    embeddings = context.unflatten(0, (4, 2))
+    condition = Condition(embeddings, torch.tensor([[-0.5, -1.0], [-2.0, 0.3]]))
+    seen: list[tuple[int, int]] = []
+    fast, plain = FastUNet(small), Denoiser(small)
+    for denoiser in (fast, plain):
+        predict = denoiser.predict
+
+        def watched(x: Tensor, t: Tensor, context: Tensor, predict: Any = predict) -> Tensor:
+            seen.append((len(x), len(context)))
+            return predict(x, t, context)
+
+        monkeypatch.setattr(denoiser, "predict", watched)
+    ours, theirs = (guided_output(d, x, t, condition, 7.5, "threestudio") for d in (fast, plain))
+    assert seen == [(2, 8), (8, 8)]
+    assert relative_error(ours, theirs) < 10 * TOLERANCE  # guidance enlarges differences
 
 
 @pytest.fixture(scope="module")
