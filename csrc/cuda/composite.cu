@@ -40,16 +40,12 @@ __global__ void composite_bwd_kernel(const CompositeBwdArgs<T> a) {
 
 template <class T>
 int launch_composite_fwd(const CompositeFwdArgs<T>& args, void* stream) {
-  if (args.n_rays == 0) return kOk;
-  return launch(composite_fwd_kernel<T>, item_blocks(args.n_rays, kThreads), kThreads, 0, stream,
-                args);
+  return launch_items(composite_fwd_kernel<T>, args.n_rays, kThreads, kThreads, stream, args);
 }
 
 template <class T>
 int launch_composite_bwd(const CompositeBwdArgs<T>& args, void* stream) {
-  if (args.n_rays == 0) return kOk;
-  return launch(composite_bwd_kernel<T>, item_blocks(args.n_rays, kThreads), kThreads, 0, stream,
-                args);
+  return launch_items(composite_bwd_kernel<T>, args.n_rays, kThreads, kThreads, stream, args);
 }
 
 SDI_INSTANTIATE_CUDA(composite_fwd, CompositeFwdArgs)

@@ -79,22 +79,20 @@ __global__ void position_gradient_kernel(const HashEncodeBwdArgs<T> a) {
 
 template <class T>
 int launch_hash_encode_fwd(const HashEncodeFwdArgs<T>& args, void* stream) {
-  if (args.n == 0) return kOk;
-  return launch(hash_encode_fwd_kernel<T>, item_blocks(args.n * args.grid.n_levels, kThreads),
-                kThreads, 0, stream, args);
+  return launch_items(hash_encode_fwd_kernel<T>, args.n * args.grid.n_levels, kThreads, kThreads,
+                      stream, args);
 }
 
 template <class T>
 int launch_hash_encode_bwd(const HashEncodeBwdArgs<T>& args, void* stream) {
-  if (args.n == 0) return kOk;
   if (args.grad_x) {
-    const int status = launch(position_gradient_kernel<T>, item_blocks(args.n, kThreads), kThreads,
-                              0, stream, args);
+    const int status =
+        launch_items(position_gradient_kernel<T>, args.n, kThreads, kThreads, stream, args);
     if (status != kOk) return status;
   }
-  if (!args.grad_table || args.active_levels == 0) return kOk;
-  return launch(table_gradient_kernel<T>, item_blocks(args.n * args.active_levels, kThreads),
-                kThreads, 0, stream, args);
+  if (!args.grad_table) return kOk;
+  return launch_items(table_gradient_kernel<T>, args.n * args.active_levels, kThreads, kThreads,
+                      stream, args);
 }
 
 SDI_INSTANTIATE_CUDA(hash_encode_fwd, HashEncodeFwdArgs)

@@ -16,6 +16,14 @@ inline unsigned item_blocks(int64_t n, int items_a_block) {
   return static_cast<unsigned>(blocks < kMaxItemBlocks ? blocks : kMaxItemBlocks);
 }
 
+// `items_a_block` of the n items at once; nothing where there are none.
+template <class Kernel, class Args>
+int launch_items(Kernel* kernel, int64_t n, int items_a_block, int threads, void* stream,
+                 const Args& args) {
+  if (n == 0) return kOk;
+  return launch(kernel, item_blocks(n, items_a_block), threads, 0, stream, args);
+}
+
 // Item k = first_item(), then k += item_stride().
 __device__ inline int64_t first_item() {
   return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;

@@ -72,14 +72,12 @@ __global__ void march_fill_kernel(const MarchArgs<T> a) {
 
 template <class T>
 int launch_march_count(const MarchArgs<T>& args, void* stream) {
-  if (args.n_rays == 0) return kOk;
-  return launch(march_count_kernel<T>, item_blocks(args.n_rays, kRays), kThreads, 0, stream, args);
+  return launch_items(march_count_kernel<T>, args.n_rays, kRays, kThreads, stream, args);
 }
 
 template <class T>
 int launch_march_fill(const MarchArgs<T>& args, void* stream) {
-  if (args.n_rays == 0) return kOk;
-  return launch(march_fill_kernel<T>, item_blocks(args.n_rays, kRays), kThreads, 0, stream, args);
+  return launch_items(march_fill_kernel<T>, args.n_rays, kRays, kThreads, stream, args);
 }
 
 SDI_INSTANTIATE_CUDA(march_count, MarchArgs)

@@ -39,16 +39,12 @@ __global__ void prune_fill_kernel(const PruneArgs<T> a) {
 
 template <class T>
 int launch_prune_count(const PruneArgs<T>& args, void* stream) {
-  if (args.n_rays == 0) return kOk;
-  return launch(prune_count_kernel<T>, item_blocks(args.n_rays, kThreads), kThreads, 0, stream,
-                args);
+  return launch_items(prune_count_kernel<T>, args.n_rays, kThreads, kThreads, stream, args);
 }
 
 template <class T>
 int launch_prune_fill(const PruneArgs<T>& args, void* stream) {
-  if (args.n_rays == 0) return kOk;
-  return launch(prune_fill_kernel<T>, item_blocks(args.n_rays, kThreads), kThreads, 0, stream,
-                args);
+  return launch_items(prune_fill_kernel<T>, args.n_rays, kThreads, kThreads, stream, args);
 }
 
 SDI_INSTANTIATE_CUDA(prune_count, PruneArgs)

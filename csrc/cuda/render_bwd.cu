@@ -209,12 +209,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
   DensitySums density{};
   ColorSums color{};
-  const int n_tiles = n_tiles_of(a);
-  while (true) {
-    uint32_t tile = 0;
-    if (lane == 0) tile = atomicAdd(a.next_tile, 1u);
-    tile = __shfl_sync(kAllLanes, tile, 0);
-    if (tile >= static_cast<uint32_t>(n_tiles)) break;
+  const uint32_t n_tiles = static_cast<uint32_t>(n_tiles_of(a));
+  for (uint32_t tile; (tile = fetch_tile(a.next_tile, lane)) < n_tiles;) {
     const TileRay at = ray_of(a, static_cast<int>(tile), lane);
     KeptWalker walker;
     walker.begin(a, at, lane);
@@ -262,8 +258,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 int launch_render_views_bwd(const RenderViewsArgs& a, const RenderViewsGrads& grads, void* stream) {
   if (!is_fusable(a)) return kBadArgument;
-  const int64_t n_tiles = a.n_views * ((a.width + kTileWidth - 1) / kTileWidth) *
-                          ((a.height + kTileHeight - 1) / kTileHeight);
+  const int64_t n_tiles = n_tiles_of(a);
   if (n_tiles == 0) return kOk;
   if (!a.kept || a.n_words < 2) return kBadArgument;
   const int status = clear(a.next_tile, sizeof(uint32_t), stream);

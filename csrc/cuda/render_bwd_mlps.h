@@ -164,15 +164,7 @@ __device__ __forceinline__ void color_backward(const Weights& w, int lane, WarpM
                          old.w + c[3] * unscale);
     }
   }
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-    for (int n = 0; n < 4; ++n) {
-      for (int half = 0; half < 2; ++half) {
-        *reinterpret_cast<float2*>(&memory.color_features[16 * m + 8 * half + g][8 * n + 2 * t]) =
-            make_float2(q[m][n][2 * half], q[m][n][2 * half + 1]);
-      }
-    }
-  }
+  store_samples(q, lane, memory.color_features);
 }
 
 // ---- what a warp has summed ---------------------------------------------------------------------

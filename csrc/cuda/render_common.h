@@ -10,6 +10,7 @@
 #include "../math/march.h"
 #include "../math/shade.h"
 #include "../render.h"
+#include "items.h"
 #include "warp.h"
 
 namespace sdi {
@@ -17,8 +18,6 @@ namespace cuda {
 
 using namespace SDI_ISA;
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kInputs = kFusedLevels * kFusedFeatures;
 constexpr int kHalfRow = kInputs + 8;   // halves a row: ldmatrix then meets every bank once
 constexpr int kFloatRow = kInputs + 4;  // floats a row, for the same reason with 16-byte reads
@@ -60,16 +59,23 @@ inline FusedSpec fused_spec(const FieldSpec& spec) {
   return s;
 }
 
+// Tiles of 8 x 4 pixels, some of them hanging over the image's edge.
+__host__ __device__ inline int64_t n_tiles_of(const RenderViewsArgs& a) {
+  return a.n_views * ((a.width + kTileWidth - 1) / kTileWidth) *
+         ((a.height + kTileHeight - 1) / kTileHeight);
+}
+
+inline int64_t n_cells_of(const RenderViewsArgs& a) {
+  return static_cast<int64_t>(a.occupancy_resolution) * a.occupancy_resolution *
+         a.occupancy_resolution;
+}
+
 // What the fused kernels can take; sdi_fast/ops/render_views.py asks the same before.
 inline bool is_fusable(const RenderViewsArgs& a) {
+  constexpr int64_t kLimit = 1ll << 31;
   return a.spec.grid.n_features == kFusedFeatures && a.spec.grid.n_levels <= kFusedLevels &&
-         a.spec.hidden == kFusedHidden && a.spec.grid.offset[a.spec.grid.n_levels] < (1ll << 31) &&
-         a.n_views * ((a.width + kTileWidth - 1) / kTileWidth) *
-                 ((a.height + kTileHeight - 1) / kTileHeight) <
-             (1ll << 31) &&
-         static_cast<int64_t>(a.occupancy_resolution) * a.occupancy_resolution *
-                 a.occupancy_resolution <
-             (1ll << 31);
+         a.spec.hidden == kFusedHidden && a.spec.grid.offset[a.spec.grid.n_levels] < kLimit &&
+         n_tiles_of(a) < kLimit && n_cells_of(a) < kLimit;
 }
 
 // ---- shared memory -----------------------------------------------------------------------------
@@ -119,9 +125,11 @@ __device__ __forceinline__ TileRay ray_of(const RenderViewsArgs& a, int tile, in
   return {is_inside ? (static_cast<int64_t>(view) * a.height + y) * a.width + x : -1, view, tile};
 }
 
-__device__ __forceinline__ int n_tiles_of(const RenderViewsArgs& a) {
-  return static_cast<int>(a.n_views * ((a.width + kTileWidth - 1) / kTileWidth) *
-                          ((a.height + kTileHeight - 1) / kTileHeight));
+// The next tile of a warp; n_tiles or more: none is left.
+__device__ __forceinline__ uint32_t fetch_tile(uint32_t* next_tile, int lane) {
+  uint32_t tile = 0;
+  if (lane == 0) tile = atomicAdd(next_tile, 1u);
+  return __shfl_sync(kAllLanes, tile, 0);
 }
 
 // The ray through a pixel's centre (methods.md D, Rays), as the twin computes it.
@@ -207,6 +215,21 @@ __device__ __forceinline__ void load_samples(const HalfTile& tile, int lane,
   for (int m = 0; m < 2; ++m) {
     for (int k = 0; k < 2; ++k) {
       ldmatrix_x4(a[m][k], &tile[16 * m + (lane & 15)][16 * k + (lane >> 4) * 8]);
+    }
+  }
+}
+
+// The C fragments [tile of 16 samples][8 features of it], stored as rows of samples.
+__device__ __forceinline__ void store_samples(const float (&c)[2][4][4], int lane,
+                                              FloatTile& tile) {
+  const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    for (int n = 0; n < 4; ++n) {
+      for (int half = 0; half < 2; ++half) {
+        *reinterpret_cast<float2*>(&tile[16 * m + 8 * half + g][8 * n + 2 * t]) =
+            make_float2(c[m][n][2 * half], c[m][n][2 * half + 1]);
+      }
     }
   }
 }
@@ -298,14 +321,9 @@ __device__ __forceinline__ void evaluate_mlps(const Weights& w, int lane, const 
       for (int n = 0; n < 4; ++n) mma_16816(q[m][n], gated[m], back[n][0], back[n][1]);
     }
   }
+  store_samples(q, lane, slope);
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
-    for (int n = 0; n < 4; ++n) {
-      for (int half = 0; half < 2; ++half) {
-        *reinterpret_cast<float2*>(&slope[16 * m + 8 * half + g][8 * n + 2 * t]) =
-            make_float2(q[m][n][2 * half], q[m][n][2 * half + 1]);
-      }
-    }
     for (int half = 0; half < 2; ++half) {
       float mine = 0.0f;  // lane t of a quad keeps output t
       for (int o = 0; o < 4; ++o) {

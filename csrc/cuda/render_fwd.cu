@@ -187,12 +187,6 @@ struct KeptBits {
   }
 };
 
-__device__ __forceinline__ int fetch_tile(uint32_t* next_tile, int lane) {
-  uint32_t tile = 0;
-  if (lane == 0) tile = atomicAdd(next_tile, 1u);
-  return static_cast<int>(__shfl_sync(kAllLanes, tile, 0));
-}
-
 // The samples that the warp found, evaluated, judged and added up. Returns whether this lane's was
 // kept; clears `is_on` where nothing behind can be seen.
 __device__ __forceinline__ bool take_samples(const RenderViewsArgs& a, const FusedSpec& spec,
@@ -233,12 +227,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   load_weights(a, spec, block.weights);
   const int lane = threadIdx.x % kWarp;
   WarpMemory& memory = block.warps[threadIdx.x / kWarp];
-  const int n_tiles = n_tiles_of(a);
+  const uint32_t n_tiles = static_cast<uint32_t>(n_tiles_of(a));
   float threshold = static_cast<float>(a.alpha_threshold);
   if (a.occupancy_mean) threshold = fminf(threshold, *a.occupancy_mean);
   uint32_t n_tried = 0, n_kept = 0;
-  for (int tile; (tile = fetch_tile(a.next_tile, lane)) < n_tiles;) {
-    const TileRay at = ray_of(a, tile, lane);
+  for (uint32_t tile; (tile = fetch_tile(a.next_tile, lane)) < n_tiles;) {
+    const TileRay at = ray_of(a, static_cast<int>(tile), lane);
     Walker walker;
     int first;
     walker.begin(a, at, first);
@@ -276,16 +270,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 int launch_render_views_fwd(const RenderViewsArgs& a, void* stream) {
   if (!is_fusable(a)) return kBadArgument;
   const FusedSpec spec = fused_spec(a.spec);
-  const int64_t n_cells = static_cast<int64_t>(a.occupancy_resolution) * a.occupancy_resolution *
-                          a.occupancy_resolution;
-  const int64_t n_tiles = a.n_views * ((a.width + kTileWidth - 1) / kTileWidth) *
-                          ((a.height + kTileHeight - 1) / kTileHeight);
+  const int64_t n_tiles = n_tiles_of(a);
   if (a.kept) {
     const int status = clear(a.kept, n_tiles * a.n_words * kWarp * sizeof(uint32_t), stream);
     if (status != kOk) return status;
   }
-  const int status = launch(pack_occupancy_kernel, blocks_for((n_cells + 31) / 32, kPackThreads),
-                            kPackThreads, 0, stream, a);
+  const int status =
+      launch(pack_occupancy_kernel, blocks_for((n_cells_of(a) + 31) / 32, kPackThreads),
+             kPackThreads, 0, stream, a);
   if (status != kOk || n_tiles == 0) return status;
   if (!allow_shared(render_views_fwd_kernel, sizeof(BlockMemory))) return kCudaError;
   const unsigned blocks = persistent_blocks(kBlocks, (n_tiles + kWarps - 1) / kWarps);

@@ -48,14 +48,12 @@ __global__ void shade_bwd_kernel(const ShadeArgs<T> a) {
 
 template <class T>
 int launch_shade_fwd(const ShadeArgs<T>& args, void* stream) {
-  if (args.n == 0) return kOk;
-  return launch(shade_fwd_kernel<T>, item_blocks(args.n, kThreads), kThreads, 0, stream, args);
+  return launch_items(shade_fwd_kernel<T>, args.n, kThreads, kThreads, stream, args);
 }
 
 template <class T>
 int launch_shade_bwd(const ShadeArgs<T>& args, void* stream) {
-  if (args.n == 0) return kOk;
-  return launch(shade_bwd_kernel<T>, item_blocks(args.n, kThreads), kThreads, 0, stream, args);
+  return launch_items(shade_bwd_kernel<T>, args.n, kThreads, kThreads, stream, args);
 }
 
 SDI_INSTANTIATE_CUDA(shade_fwd, ShadeArgs)
