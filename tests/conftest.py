@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,36 @@ GOLDEN = TESTS / "golden"
 # Working folder of child processes. Python puts it first on their path, so that it must not be the
 # source tree: they have to import the sdi_fast that these tests do, with its built extension.
 CHILD_CWD = TESTS
+
+
+def run_child(
+    *command: str, env: dict[str, str] | None = None, timeout: int = 300
+) -> subprocess.CompletedProcess[str]:
+    """A command with stdout and stderr together, in CHILD_CWD."""
+    return subprocess.run(
+        command,
+        cwd=CHILD_CWD,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **(env or {})},
+        timeout=timeout,
+    )
+
+
+def compile_in_child(code: str, cache: Path) -> None:
+    """Runs code that compiles Triton kernels and ends with print("compiled"), without a GPU and
+    without the interpreter, which takes what the compiler refuses and knows no PTX."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    child = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=CHILD_CWD,
+        env=env | {"TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+    )
+    assert child.stdout.endswith("compiled\n"), child.stderr
+
 
 # FieldParams' members and EnvironmentBackground's, as the golden data names them
 GOLDEN_FIELD_NAMES = {

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CHILD_CWD, TESTS
+from conftest import TESTS, run_child
 
 EMULATOR = TESTS / "emulator"
 sys.path.append(str(EMULATOR))
@@ -22,15 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def _try(*command: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        cwd=CHILD_CWD,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        timeout=300,
-    )
+    return run_child(*command, env={"OMP_NUM_THREADS": "1", **(env or {})})
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHILD_CWD
+from conftest import compile_in_child
 from ops_cases import (
     F64,
     F64_TOLERANCE,
@@ -280,13 +277,4 @@ print("compiled")
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the other tests compile the kernels")
 def test_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
-    # the interpreter takes what the compiler refuses, as a loop that changes a variable's type
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    child = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        cwd=CHILD_CWD,
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert child.stdout.endswith("compiled\n"), child.stderr
+    compile_in_child(COMPILE, tmp_path)

@@ -7,15 +7,12 @@ f16 and bf16: inputs are rounded, sums are not: one rounding of the result, 2^-1
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CHILD_CWD, relative_error
+from conftest import compile_in_child, relative_error
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
@@ -303,16 +300,7 @@ print("compiled")
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the other tests compile the kernels")
 def test_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
-    # the interpreter takes what the compiler refuses, and knows no PTX
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    child = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        cwd=CHILD_CWD,
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert child.stdout.endswith("compiled\n"), child.stderr
+    compile_in_child(COMPILE, tmp_path)
 
 
 def test_strided_vectors_are_read_as_they_are() -> None:

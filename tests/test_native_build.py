@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHILD_CWD
+from conftest import run_child
 
 import sdi_fast
 from sdi_fast.ops import _native
@@ -23,23 +22,9 @@ BUILD_TOOLS = ("pybind11", "cmake", "ninja")  # in the extra "test"
 
 def _run(*command: str, env: dict[str, str] | None = None, timeout: int = 300) -> str:
     """stdout and stderr of a command that has to succeed."""
-    result = _try(*command, env=env, timeout=timeout)
+    result = run_child(*command, env=env, timeout=timeout)
     assert result.returncode == 0, result.stdout[-4000:]
     return result.stdout
-
-
-def _try(
-    *command: str, env: dict[str, str] | None = None, timeout: int = 300
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        cwd=CHILD_CWD,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, **(env or {})},
-        timeout=timeout,
-    )
 
 
 def _extension_file() -> str:
@@ -114,7 +99,7 @@ def _configure(build: Path, mode: str, nvcc: Path) -> subprocess.CompletedProces
         assert shutil.which(tool), f"{tool}: install the extra 'test'"
     import pybind11
 
-    return _try(
+    return run_child(
         "cmake",
         f"-S{ROOT}",
         f"-B{build}",

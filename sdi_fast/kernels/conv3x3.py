@@ -159,6 +159,29 @@ def _add_splits(
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
+def split_steps(steps: int, splits: int, out: Tensor) -> tuple[int, int, Tensor]:
+    """Steps a split, how many splits that makes, and where the kernel writes."""
+    steps_a_split = triton.cdiv(steps, splits)
+    splits = triton.cdiv(steps, steps_a_split)  # none is empty
+    target = out if splits == 1 else out.new_empty((splits, *out.shape), dtype=torch.float32)
+    return steps_a_split, splits, target
+
+
+def add_splits(
+    partial: Tensor,  # [splits, *out.shape] f32
+    residual: Tensor,  # like out; anything where there is none
+    out: Tensor,
+    *,
+    has_residual: bool,
+) -> None:
+    """out = sum of the splits' results, plus the residual."""
+    n, block = out.numel(), 1024
+    _add_splits[(triton.cdiv(n, block),)](
+        partial, residual, out, n, splits=len(partial), has_residual=has_residual,
+        block=block, num_warps=4,
+    )  # fmt: skip
+
+
 def conv3x3(
     x: Tensor,  # [B, H, W, C] contiguous
     weight: Tensor,  # [F, 3, 3, C] contiguous
@@ -173,9 +196,7 @@ def conv3x3(
         return out
     tile = tile or conv_tiles(n_pixels, f, c)[0]
     steps = 9 * triton.cdiv(c, tile.block_k)
-    steps_a_split = triton.cdiv(steps, tile.splits)
-    splits = triton.cdiv(steps, steps_a_split)  # none is empty
-    target = out if splits == 1 else out.new_empty((splits, *out.shape), dtype=torch.float32)
+    steps_a_split, splits, target = split_steps(steps, tile.splits, out)
     other = x if residual is None else residual
     grid = (triton.cdiv(n_pixels, tile.block_m) * triton.cdiv(f, tile.block_n), splits)
     with torch.cuda.device_of(x):
@@ -187,9 +208,5 @@ def conv3x3(
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if splits > 1:
-            n, block = out.numel(), 1024
-            _add_splits[(triton.cdiv(n, block),)](
-                target, other, out, n, splits=splits, has_residual=residual is not None,
-                block=block, num_warps=4,
-            )  # fmt: skip
+            add_splits(target, other, out, has_residual=residual is not None)
     return out

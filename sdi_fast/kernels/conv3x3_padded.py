@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .conv3x3 import ConvTile, _add_splits, conv_tiles
+from .conv3x3 import ConvTile, add_splits, conv_tiles, split_steps
 from .linear_geglu import GROUP_M, tile_of
 
 
@@ -98,9 +98,7 @@ def conv3x3_padded(
         return out
     tile = tile or ConvTile(128, 128, stages=3)
     steps = 9 * c // tile.block_k
-    steps_a_split = triton.cdiv(steps, tile.splits)
-    splits = triton.cdiv(steps, steps_a_split)  # none is empty
-    target = out if splits == 1 else out.new_empty((splits, *out.shape), dtype=torch.float32)
+    steps_a_split, splits, target = split_steps(steps, tile.splits, out)
     other = x if residual is None else residual
     n_pixels = b * (h + 1) * (w + 1)
     images = TensorDescriptor.from_tensor(x.view(n_pixels, c), [tile.block_m, tile.block_k])
@@ -115,9 +113,5 @@ def conv3x3_padded(
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if splits > 1:
-            n, block = out.numel(), 1024
-            _add_splits[(triton.cdiv(n, block),)](
-                target, other, out, n, splits=splits, has_residual=residual is not None,
-                block=block, num_warps=4,
-            )  # fmt: skip
+            add_splits(target, other, out, has_residual=residual is not None)
     return out

@@ -67,17 +67,15 @@ def extension() -> Any:
 def resolve_backend(op: str, tensor: Tensor, backend: str, native: tuple[str, ...]) -> str:
     """The backend that runs `op` on `tensor`: "reference", "cpu", "cuda" or "triton".
 
-    `native` lists the backends other than "reference" that the op has code for; a name that cannot
-    be had is an error. "auto" takes the native one of the tensor's device when it is there, and on
-    a GPU without compiled CUDA kernels Triton's.
+    `native` lists the backends other than "reference" that the op has code for, those to prefer
+    first; a name that cannot be had is an error. "auto" takes the first that is there and made for
+    the tensor's device.
     """
     device = tensor.device.type
     if backend == "reference":
         return backend
     if backend == "auto":
-        if device in native and (has_cuda() if device == "cuda" else is_available()):
-            return device
-        return "triton" if device == "cuda" and "triton" in native and has_triton() else "reference"
+        return next((name for name in native if _serves(name, device)), "reference")
     if backend not in ("cpu", "cuda", "triton"):
         raise SDIFastError(
             f'backend: expected "auto", "reference", "cpu", "cuda" or "triton", got {backend!r}'
@@ -100,6 +98,14 @@ def resolve_backend(op: str, tensor: Tensor, backend: str, native: tuple[str, ..
     return backend
 
 
+def _serves(backend: str, device: str) -> bool:
+    """Whether "auto" may choose `backend` for tensors on `device`."""
+    if backend == "triton":
+        return device == "cuda" and has_triton()
+    return device == backend and (has_cuda() if backend == "cuda" else is_available())
+
+
+@functools.cache
 def has_triton() -> bool:
     """Whether Triton can be imported."""
     return importlib.util.find_spec("triton") is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..reference.composite import composite as composite_reference
 from ..types import Composited, Samples
 from ._checks import check_samples, check_tensor
-from ._native import call, has_triton, resolve_backend
+from ._native import call, resolve_backend
 
 
 def composite(
@@ -37,9 +37,7 @@ def composite(
     check_tensor("rgb", rgb, (samples.n_samples, 3), like=density)
     check_tensor("normal", normal, (samples.n_samples, 3), like=density)
     check_tensor("directions", directions, (samples.packed_info.shape[0], 3), like=density)
-    if backend == "auto" and density.is_cuda and has_triton():
-        backend = "triton"
-    chosen = resolve_backend("composite", density, backend, ("cpu", "cuda", "triton"))
+    chosen = resolve_backend("composite", density, backend, ("cpu", "triton", "cuda"))
     if chosen == "reference":
         return composite_reference(density, rgb, normal, samples, directions)
     *sums, weights = _forward(

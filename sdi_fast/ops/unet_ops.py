@@ -17,12 +17,9 @@ from torch import Tensor
 from ..reference import unet_ops as reference
 from ..types import SDIFastError
 from ._checks import check_tensor
-from ._native import has_triton, resolve_backend
+from ._native import resolve_backend
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-_has_triton = functools.cache(has_triton)  # a UNet asks some hundred times a call
 
 
 @functools.cache
@@ -32,8 +29,6 @@ def has_copy_engine() -> bool:
 
 
 def _use_triton(op: str, x: Tensor, backend: str) -> bool:
-    if backend == "auto":
-        return x.is_cuda and _has_triton()
     return resolve_backend(op, x, backend, ("triton",)) == "triton"
 
 
@@ -47,6 +42,14 @@ def _check(
             f"{str(value.dtype).removeprefix('torch.')}"
         )
     check_tensor(name, value, shape, dtype=value.dtype, like=like)
+
+
+def _residual(value: Tensor | None, shape: tuple[int, ...], x: Tensor) -> Tensor | None:
+    """A convolution's residual, checked and contiguous."""
+    if value is None:
+        return None
+    check_tensor("residual", value, shape, dtype=x.dtype, like=x)
+    return value.contiguous()
 
 
 def group_norm(
@@ -196,10 +199,7 @@ def conv3x3(
     """3 x 3 convolution with padding 1, plus the residual, [B, H, W, F]."""
     _check("x", x, (None, None, None, None))
     check_tensor("weight", weight, (None, 3, 3, x.shape[3]), dtype=x.dtype, like=x)
-    if residual is not None:
-        shape = (*x.shape[:3], weight.shape[0])
-        check_tensor("residual", residual, shape, dtype=x.dtype, like=x)
-        residual = residual.contiguous()
+    residual = _residual(residual, (*x.shape[:3], weight.shape[0]), x)
     if not _use_triton("conv3x3", x, backend):
         return reference.conv3x3(x, weight, residual)
     from ..kernels.conv3x3 import conv3x3 as kernel
@@ -227,10 +227,8 @@ def conv3x3_padded(
     check_tensor("weight", weight, (None, 3, 3, x.shape[3]), dtype=x.dtype, like=x)
     if min(x.shape[1:3]) < 2:
         raise SDIFastError(f"x: expected [B, H + 1, W + 1, C], got {list(x.shape)}")
-    if residual is not None:
-        shape = (x.shape[0], x.shape[1] - 1, x.shape[2] - 1, weight.shape[0])
-        check_tensor("residual", residual, shape, dtype=x.dtype, like=x)
-        residual = residual.contiguous()
+    shape = (x.shape[0], x.shape[1] - 1, x.shape[2] - 1, weight.shape[0])
+    residual = _residual(residual, shape, x)
     if not _use_triton("conv3x3_padded", x, backend):
         return reference.conv3x3_padded(x, weight, residual)
     block = 64 if tile is None else tile.block_k
