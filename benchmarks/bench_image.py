@@ -105,15 +105,7 @@ def graph_of(
         grads = torch.autograd.grad(list(outputs), here, cotangents)
         return [*(o.detach() for o in outputs), *grads]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    graph, results = harness.capture(step)
     return graph, results, cotangents
 
 

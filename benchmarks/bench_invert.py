@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sdi_fast.config import SPEEDS, GuidanceConfig
 from sdi_fast.diffusion.denoiser import Denoiser, make_denoiser
-from sdi_fast.diffusion.encoder_graph import cudnn_benchmark
+from sdi_fast.diffusion.modules import cudnn_benchmark
 from sdi_fast.diffusion.prompt import Condition
 from sdi_fast.diffusion.schedule import DDIMSchedule
 from sdi_fast.diffusion.shortcuts import ConditionedUNet, plan_calls, target_work

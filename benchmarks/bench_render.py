@@ -26,6 +26,7 @@ import torch
 from ceilings import kernel_rows, limit_text, measure_ceilings, print_kernels
 from harness import (
     RESULTS,
+    capture,
     compare,
     gpu_slug,
     peak_memory,
@@ -220,20 +221,6 @@ def whole_step(bench: Bench, shading: str, backend: str) -> Callable[[], tuple[T
         return (*(getattr(out, name).detach() for name in IMAGES), loss.detach(), *grads)
 
     return step
-
-
-def capture(step: Callable[[], tuple[Tensor, ...]]) -> tuple[Any, tuple[Tensor, ...]]:
-    """A CUDA graph of a step, and the tensors that a replay fills."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step()
-    return graph, outputs
 
 
 def check_graph(bench: Bench, graph: Any, outputs: tuple[Tensor, ...], step: Any) -> float:

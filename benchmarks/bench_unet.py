@@ -11,7 +11,6 @@ what it allocates beyond the weights.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import gc
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from sdi_fast.diffusion.fast_unet import CapturedUNet, FastUNet, FastUNetOptions
 from sdi_fast.diffusion.fast_unet.choices import store
+from sdi_fast.diffusion.modules import cudnn_benchmark
 
 CANDIDATES = (
     "diffusers", "diffusers-nhwc-graph", "diffusers-compile-graph",
@@ -122,10 +122,10 @@ def candidate(models: Models, name: str, given: Inputs) -> Callable[[], Tensor]:
     if name == "diffusers":
         return diffusers_call(models, models.plain(), given)
     if name == "diffusers-nhwc-graph":
-        with cudnn_benchmark():
+        with cudnn_benchmark(limit=10):  # torch's own
             return captured(diffusers_call(models, models.nhwc(), given))
     if name == "diffusers-compile-graph":
-        with cudnn_benchmark():
+        with cudnn_benchmark(limit=10):  # torch's own
             return captured(diffusers_call(models, models.compiled(), given))
     kinds = [kind for kind in ("compile", "tuned") if kind in name]
     fast = models.fast(kinds[0] if kinds else "eager")
@@ -139,16 +139,6 @@ def candidate(models: Models, name: str, given: Inputs) -> Callable[[], Tensor]:
     graph.x.copy_(x)
     graph.t.copy_(t)
     return graph.replay
-
-
-@contextlib.contextmanager
-def cudnn_benchmark() -> Any:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 @torch.no_grad()

@@ -22,8 +22,9 @@ import tyro
 from harness import compare, report
 from torch import Tensor, nn
 
-from sdi_fast.diffusion.encoder_graph import EncoderGraph, cudnn_benchmark
+from sdi_fast.diffusion.encoder_graph import EncoderGraph
 from sdi_fast.diffusion.fast_encoder import FastEncoder
+from sdi_fast.diffusion.modules import cudnn_benchmark
 from sdi_fast.diffusion.vae_pack import pack_encoder
 
 TFLOP_512 = 1.117  # forward, one image of 512 x 512

@@ -167,17 +167,24 @@ def _time_ms(function: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def captured(function: Callable[[], Any]) -> Callable[[], Any]:
-    """A graph's replay of `function`, whose inputs stay where they are; returns its results."""
+def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of `function`, whose inputs stay where they are, and the results that it fills."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side), torch.no_grad():
+    with torch.cuda.stream(side):
         for _ in range(3):
             function()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
+    with torch.cuda.graph(graph):
         results = function()
+    return graph, results
+
+
+@torch.no_grad()
+def captured(function: Callable[[], Any]) -> Callable[[], Any]:
+    """A replay of `function` without gradients; returns its results."""
+    graph, results = capture(function)
 
     def replay() -> Any:
         graph.replay()

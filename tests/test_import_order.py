@@ -38,7 +38,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
 # Folders whose files may import each other; () where only what the tuple lists, lowest first.
 WITHIN: dict[str, tuple[str, ...]] = {
     "diffusion": (
-        "source", "schedule", "prompt",
+        "source", "schedule", "prompt", "modules",
         "fast_unet.support", "fast_unet.options", "fast_unet.choices", "fast_unet.packing",
         "fast_unet.layers", "fast_unet.forward", "fast_unet.work", "fast_unet.model",
         "fast_unet.graph", "fast_unet", "denoiser", "vae_pack", "fast_encoder", "encoder_graph",

@@ -8,32 +8,17 @@ without a capture.
 
 from __future__ import annotations
 
-import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .fast_encoder import FastEncoder, Step
+from .modules import cudnn_benchmark
 
 MAX_SHAPES = 2  # graphs that are kept; each holds its activations
 N_WARM_UP = 3  # calls before a capture: compilation and cuDNN's measurements
-
-
-@contextlib.contextmanager
-def cudnn_benchmark() -> Iterator[None]:
-    """cuDNN's fastest algorithm a shape, measured at its first call; in torch's deterministic mode
-    the one that it takes without measuring, which two processes share."""
-    cudnn: Any = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.benchmark_limit
-    cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
-    cudnn.benchmark_limit = 0  # all algorithms
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.benchmark_limit = before
 
 
 class EncoderGraph:

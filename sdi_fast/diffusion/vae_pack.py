@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..types import SDIFastError
+from .modules import PROCESSORS, alteration
 
-# of attention; all of them compute the same
-PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
 CHANNEL_MULTIPLE = 8  # of f16 and bf16 convolutions on tensor cores
 
 
@@ -206,15 +205,10 @@ class _Packer:
 def _check_modules(root: nn.Module) -> None:
     """That no module computes something else than its class says."""
     for name, module in root.named_modules():
-        where = f"at {name!r}"
-        _expect(not (module._forward_hooks or module._forward_pre_hooks), f"forward hooks {where}")
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            kind = type(module)
-            _expect(kind in (nn.Conv2d, nn.Linear), f"the layer {kind.__name__} {where}")
-        processor = getattr(module, "processor", None)
-        if processor is not None:
-            kind = type(processor)
-            _expect(kind.__name__ in PROCESSORS, f"the processor {kind.__name__} {where}")
+        found = alteration(module)
+        _expect(not found, f"{found} at {name!r}")
+        processor = type(getattr(module, "processor", None)).__name__
+        _expect(processor in (*PROCESSORS, "NoneType"), f"the processor {processor} at {name!r}")
 
 
 def _double(value: Tensor | None) -> Tensor | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...types import SDIFastError
+from ..modules import cudnn_benchmark
 from .choices import Choices, load_stored
 from .forward import Forward
 from .layers import Layers
@@ -154,20 +153,8 @@ class FastUNet:
         self.n_calls += 1
         if not x.is_cuda:
             return self._forward(x, t, cache.projected, *deep)
-        with torch.cuda.device(x.device), self._cudnn_benchmark():
+        with torch.cuda.device(x.device), cudnn_benchmark(self.options.cudnn_benchmark_limit):
             return self._forward(x, t, cache.projected, *deep)
-
-    @contextlib.contextmanager
-    def _cudnn_benchmark(self) -> Iterator[None]:
-        """cuDNN's fastest algorithm per shape, measured at the shape's first call."""
-        cudnn: Any = torch.backends.cudnn
-        before = cudnn.benchmark, cudnn.benchmark_limit
-        cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
-        cudnn.benchmark_limit = self.options.cudnn_benchmark_limit
-        try:
-            yield
-        finally:
-            cudnn.benchmark, cudnn.benchmark_limit = before
 
     def predict(
         self,

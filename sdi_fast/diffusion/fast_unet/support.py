@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ...types import SDIFastError
+from ..modules import PROCESSORS, alteration
 
 # setting of the config -> values that mean "not used"
 EXPECTED: dict[str, tuple[Any, ...]] = {
@@ -39,7 +40,6 @@ BLOCKS = {
     "up_blocks": ("CrossAttnUpBlock2D", "UpBlock2D"),
     "mid_block": ("UNetMidBlock2DCrossAttn",),
 }
-PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
 ABSENT_IN_ATTENTION = (
     "group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim",
     "residual_connection",
@@ -78,10 +78,8 @@ def check_supported(unet: Any) -> None:
 
 def _check_module(name: str, module: nn.Module) -> None:
     kind = type(module).__name__
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise fail(f"forward hooks (on {name!r})")
-    if isinstance(module, nn.Conv2d | nn.Linear) and type(module) not in (nn.Conv2d, nn.Linear):
-        raise fail(f"the layer {kind} at {name!r}")
+    if found := alteration(module):
+        raise fail(f"{found} at {name!r}")
     if kind == "Attention":
         _check_attention(name, module)
     elif kind == "BasicTransformerBlock":
