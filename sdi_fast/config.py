@@ -139,8 +139,8 @@ class GuidanceConfig:
     negative_prompt: str = ""
     sample_posterior: bool = True  # encode with a draw from the posterior, not with its mode
     # SDI's target from fixed buffers, on a GPU as CUDA graphs; its noise then comes from a stream
-    # of its own, so that a run is another one than without
-    static: bool = False
+    # of its own, so that a run is another one than without. None: on a GPU
+    static: bool | None = None
     # "balanced" and "turbo" approximate the inversion (SPEEDS; not measured yet). They need
     # `static`, and "turbo" the fast denoiser. There is no fp8 mode.
     speed: Literal["exact", "balanced", "turbo"] = "exact"
@@ -188,8 +188,8 @@ class ModelConfig:
     local_files_only: bool = False
     # "diffusers": its module; "fast": ours on packed weights, refused where the model has a feature
     # that it lacks; "auto": ours on a GPU where it can be, else diffusers', which is then said
-    denoiser: Component = "diffusers"
-    encoder: Component = "diffusers"
+    denoiser: Component = "auto"
+    encoder: Component = "auto"
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,7 @@ class EngineConfig:
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     backend: Literal["auto", "reference", "cpu", "cuda"] = "auto"
     deterministic: bool = False
+    graphs: bool | None = None  # the rest of a step as CUDA graphs; None: with the fused renderer
     checkpoint_every: int = 500  # steps; 0: only at the end and on Ctrl-C
     threads: int = 0  # CPU threads; 0: leave torch's choice
 

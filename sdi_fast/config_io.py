@@ -204,7 +204,7 @@ def _check_guidance(config: Config) -> None:
             continue
         key = "guidance.speed" if getattr(guidance, name) is None else f"guidance.{name}"
         value = guidance.speed if key == "guidance.speed" else getattr(guidance, name)
-        if not guidance.static:
+        if guidance.static is False:
             raise SDIFastError(f"{key}: {value} needs guidance.static true, got false")
         if name == "deep_cache" and config.model.denoiser == "diffusers":
             raise SDIFastError(f'{key}: {value} needs model.denoiser "fast", got "diffusers"')

@@ -1,15 +1,18 @@
 """The loop: Engine.step() passes data through the stages in order (design.md, the way of the data).
 
-One CPU generator feeds every random draw of a run, so that a run is fixed by its config and a
-resumed run continues the same stream.
+The host draws what decides what runs (views, shading, time step) from a CPU generator, and queues
+the step; the GPU draws the noise from a generator of its own and never waits for the host, which
+reads a step's numbers some steps later. On the CPU one generator feeds every draw. So a run is
+fixed by its config and kind of device, and a resumed run continues the same streams.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
+import os
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -17,35 +20,27 @@ import torch
 from torch import Tensor
 
 from .camera import camera_to, sample_cameras
-from .config import Config, EngineConfig
+from .config import Config
 from .constants import MAX_BAD_STEPS
+from .diffusion.modules import cudnn_benchmark
 from .diffusion.pipeline import Pipeline, load_pipeline
-from .diffusion.schedule import annealed_timestep
+from .diffusion.schedule import annealed_timestep, draw_delta
 from .field import EnvironmentBackground, NeRFField
-from .guidance import make_guidance
-from .losses import loss_weights, render_losses
+from .guidance import Guidance, GuidanceOutput, make_guidance
+from .losses import loss_weights
 from .occupancy import OccupancyGrid
 from .optim import Adam
+from .placement import choose_backend, resolve_device, settle_guidance
+from .readback import PendingMetrics, Reading, Snapshot, StepMetrics
 from .render import Renderer, choose_shading
+from .step import ROW_NAMES, GraphHome, Scene, StepBuffers, StepGraphs, StepHalves, run_eagerly
 from .types import Camera, RenderOutput, SDIFastError
+
+STEPS_AHEAD = 3  # that a GPU is given before the host waits for the first of them
 
 
 class NonFiniteError(RuntimeError):
     """Raised after `MAX_BAD_STEPS` consecutive steps whose loss or gradient was not finite."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StepMetrics:
-    """What one step reports; plain numbers, no tensors."""
-
-    step: int  # 0-based index of the step that was done
-    loss: float  # weighted sum; NaN where the step was skipped for it
-    t: int  # diffusion time step of the first view
-    losses: dict[str, float]  # unweighted, by name
-    n_samples: int  # samples that survived pruning
-    n_unet_calls: int
-    skipped: bool  # True: not finite, parameters unchanged
-    seconds: float
 
 
 class Callback(Protocol):
@@ -57,34 +52,6 @@ class Callback(Protocol):
 HISTORY_COLUMNS = ("loss", "t", "n_samples", "skipped", "seconds")
 
 
-def resolve_device(name: str) -> torch.device:
-    """`name` as a device; "auto" prefers CUDA. Raises SDIFastError when it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SDIFastError(
-            f'device: expected "auto", "cpu", "cuda" or "cuda:N", got {name!r}'
-        ) from error
-    if device.type not in ("cpu", "cuda"):
-        raise SDIFastError(f'device: expected "auto", "cpu", "cuda" or "cuda:N", got {name!r}')
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SDIFastError(
-            f"device: {name!r} is not there; this machine has "
-            f"{torch.cuda.device_count()} CUDA device(s)"
-        )
-    return device
-
-
-def choose_backend(config: EngineConfig, device: torch.device) -> str:
-    """The ops' backend. In deterministic mode "auto" means PyTorch on a GPU: our kernels add the
-    table's gradients in whatever order their blocks come."""
-    if config.deterministic and device.type == "cuda" and config.backend == "auto":
-        return "reference"
-    return config.backend
-
-
 class Engine:
     """Optimises one NeRF against a frozen diffusion model.
 
@@ -92,142 +59,222 @@ class Engine:
         config: the whole run, prompt included.
         pipeline: an already loaded model, to share between engines; loaded from `config.model`
             where None.
+        guidance: likewise, of `config.guidance`; engines that share one share its CUDA graphs.
+        home: likewise; engines that share one share the memory of their steps' CUDA graphs, and
+            have to be stepped in turn by one thread.
 
     Raises:
         SDIFastError: for a bad setting, a missing device or a missing model.
     """
 
-    def __init__(self, config: Config, *, pipeline: Pipeline | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        pipeline: Pipeline | None = None,
+        guidance: Guidance | None = None,
+        home: GraphHome | None = None,
+    ) -> None:
         self.config = config
         self.device = resolve_device(config.engine.device)
         if config.engine.threads:
             torch.set_num_threads(config.engine.threads)
+        if config.engine.deterministic and self.device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may not repeat
         self.pipeline = pipeline or load_pipeline(config.model, self.device)
         self.prompts = self.pipeline.prompts.encode(
             config.prompt, negative_prompt=config.guidance.negative_prompt
         )
-        self.guidance = make_guidance(self.pipeline, config.guidance)
-
-        backend = choose_backend(config.engine, self.device)
-        self.backend = backend
+        self.guidance = guidance or make_guidance(
+            self.pipeline, settle_guidance(config.guidance, self.device)
+        )
+        self.backend = choose_backend(config.engine, self.device)
+        # what the host has to know (views, shading, t, delta), and noise
         self.generator = torch.Generator("cpu").manual_seed(config.engine.seed)
-        self.field = NeRFField(config.field, generator=self.generator, backend=backend).to(
-            self.device
+        self.noise = self.generator
+        if self.device.type == "cuda":
+            self.noise = torch.Generator(self.device).manual_seed(config.engine.seed)
+        self.scene = self._make_scene()
+        self.buffers = StepBuffers(config.camera, self._latent_shape(), self.device)
+        self.halves = StepHalves(
+            config, self.scene, self.pipeline, self.guidance, self.buffers, self.backend
         )
-        self.background = EnvironmentBackground(generator=self.generator, backend=backend).to(
-            self.device
-        )
-        self.renderer = Renderer(config.field, config.render, backend=backend)
-        self.occupancy = OccupancyGrid(
-            config.render, radius=config.field.radius, device=self.device, backend=backend
-        )
-        self.optimizer = Adam(
-            {
-                "field": (dict(self.field.named_parameters()), config.optim.lr_field),
-                "background": (
-                    dict(self.background.named_parameters()),
-                    config.optim.lr_background,
-                ),
-            },
-            betas=config.optim.betas,
-            eps=config.optim.eps,
-            backend=backend,
-        )
+        self.home = home
+        if home is None and self.device.type == "cuda":
+            self.home = GraphHome(self.device)
+        self._stream = None if self.home is None else self.home.stream
+        self.graphs = self._make_graphs()
         self.global_step = 0
-        self.bad_steps = 0  # consecutive
-        self.history: list[dict[str, float]] = []
+        self._history: list[dict[str, float]] = []
+        self._pending: deque[PendingMetrics] = deque()
+        self._bad_steps = 0
         self._stop = False
+
+    def _make_scene(self) -> Scene:
+        config, backend = self.config, self.backend
+        field = NeRFField(config.field, generator=self.generator, backend=backend).to(self.device)
+        background = EnvironmentBackground(generator=self.generator, backend=backend)
+        background = background.to(self.device)
+        groups = {
+            "field": (dict(field.named_parameters()), config.optim.lr_field),
+            "background": (dict(background.named_parameters()), config.optim.lr_background),
+        }
+        return Scene(
+            field=field,
+            background=background,
+            renderer=Renderer(config.field, config.render, backend=backend),
+            occupancy=OccupancyGrid(
+                config.render, radius=config.field.radius, device=self.device, backend=backend
+            ),
+            optimizer=Adam(groups, betas=config.optim.betas, eps=config.optim.eps, backend=backend),
+        )
+
+    def _latent_shape(self) -> tuple[int, int, int, int]:
+        size = self.pipeline.sample_size
+        return (self.config.camera.batch_size, self.pipeline.latent_channels, size, size)
+
+    def _make_graphs(self) -> StepGraphs | None:
+        """The step's CUDA graphs, where the config wants them and the shapes allow them."""
+        wanted = self.config.engine.graphs
+        fused = self.scene.renderer.is_fused(self.scene.field, self.buffers.camera.c2w)
+        if wanted and not fused:
+            raise SDIFastError(
+                'engine.graphs: true needs the fused renderer (a CUDA device, backend "auto" or '
+                f'"cuda", render.precision "auto" or "fp16"), got device {self.device}, backend '
+                f"{self.backend!r}, precision {self.config.render.precision!r}"
+            )
+        if wanted is False or not fused or self.home is None:
+            return None
+        return StepGraphs(self.halves, self.home)
+
+    # the scene's parts, by the names that other tools know them by
+    field = property(lambda self: self.scene.field)
+    background = property(lambda self: self.scene.background)
+    renderer = property(lambda self: self.scene.renderer)
+    occupancy = property(lambda self: self.scene.occupancy)
+    optimizer = property(lambda self: self.scene.optimizer)
 
     @property
     def ran(self) -> dict[str, Any]:
         """Which of the possible implementations compute; for metrics.json."""
         guidance = self.config.guidance
         shortcuts = dataclasses.asdict(guidance.shortcuts)
-        return {**self.pipeline.components, "static": guidance.static, **shortcuts}
+        return {
+            **self.pipeline.components,
+            "renderer": "fused" if self.graphs is not None or self._is_fused() else "ops",
+            "graphs": self.graphs is not None,
+            "static": getattr(self.guidance, "static", False),
+            **shortcuts,
+        }
+
+    def _is_fused(self) -> bool:
+        return self.scene.renderer.is_fused(self.scene.field, self.buffers.camera.c2w)
 
     # ---- one step -------------------------------------------------------------------------
 
-    def step(self) -> StepMetrics:
+    def step(self, *, t: int | None = None, delta: int | None = None) -> StepMetrics:
         """One optimisation step (methods.md C and D).
 
+        On a GPU it is queued, and the metrics' numbers wait for it when they are read; the host
+        stays at most `STEPS_AHEAD` steps ahead.
+
+        Args:
+            t: the time step of all views, instead of the annealed one; for benchmarks and tests.
+            delta: how far beyond t SDI inverts, instead of a drawn one.
+
         Raises:
-            NonFiniteError: when this is the `MAX_BAD_STEPS`-th bad step in a row.
+            NonFiniteError: when this step, or on a GPU one of the last `STEPS_AHEAD`, was the
+                `MAX_BAD_STEPS`-th bad one in a row. No parameter has changed since the first.
         """
         started = time.perf_counter()
-        step, config = self.global_step, self.config
-        with self._determinism():
-            self.occupancy.update(step, self._occupancy_density, config.render, self.generator)
-            camera = sample_cameras(config.camera, self.generator, self.device)
-            shading = choose_shading(step, config.render, self.generator)
-            output = self._render(camera, step, shading, self.generator)
-            loss, parts, t, n_calls = self._loss(output, camera, step)
-            self.optimizer.zero_grad()
-            loss.backward()
-            value = float(loss.detach())
-            skipped = not (math.isfinite(value) and self.optimizer.grads_are_finite())
-            if not skipped:
-                self.optimizer.step()
-        self.bad_steps = self.bad_steps + 1 if skipped else 0
+        step = self.global_step
+        with self._determinism(), self._on_stream(), cudnn_benchmark():
+            shading = self._draw(step)
+            if self.graphs is not None:
+                running = self.graphs.run(step, shading)
+            else:
+                running = run_eagerly(self.halves, step, shading)
+            guided = self._target(running.latents, step, t, delta)
+            running.finish(guided)
+            reading = Reading(self.buffers.row, ROW_NAMES)
         self.global_step += 1
-        metrics = StepMetrics(
-            step=step,
-            loss=value,
-            t=t,
-            losses=parts,
-            n_samples=int(output.n_samples),
-            n_unet_calls=n_calls,
-            skipped=skipped,
-            seconds=time.perf_counter() - started,
-        )
-        self.history.append({name: float(getattr(metrics, name)) for name in HISTORY_COLUMNS})
-        if self.bad_steps >= MAX_BAD_STEPS:
-            raise NonFiniteError(
-                f"the loss or its gradient was not finite in {self.bad_steps} steps in a row "
-                f"(the last: step {step}, loss {value}); the parameters are those of step "
-                f"{step - self.bad_steps + 1}"
-            )
-        return metrics
+        if self._stream is not None:
+            self._settle(STEPS_AHEAD - 1)
+        seconds = time.perf_counter() - started
+        metrics = PendingMetrics(step, int(guided.t[0]), guided.n_unet_calls, seconds, reading)
+        self._pending.append(metrics)
+        if self._stream is not None:
+            return metrics
+        self._settle(0)
+        return metrics.settled()
 
-    def _loss(
-        self, output: RenderOutput, camera: Camera, step: int
-    ) -> tuple[Tensor, dict[str, float], int, int]:
-        """Weighted loss, its unweighted parts, the first view's t, UNet calls."""
-        config = self.config
-        images = output.comp_rgb.permute(0, 3, 1, 2)  # [B, 3, H, W]
-        latents = self.pipeline.encoder.encode(
-            images, generator=self.generator, sample=config.guidance.sample_posterior
-        )
-        t = annealed_timestep(
+    def _draw(self, step: int) -> str:
+        """Fills the buffers with the step's views, weights and noise; the shading."""
+        config, buffers = self.config, self.buffers
+        self.occupancy.update(step, self._occupancy_density, config.render, self.noise)
+        camera = sample_cameras(config.camera, self.generator)
+        shading = choose_shading(step, config.render, self.generator)
+        buffers.load(camera, loss_weights(config.loss, step))
+        draws: dict[str, Any] = {"generator": self.noise, "device": self.noise.device}
+        jitter = torch.rand(buffers.jitter.shape, **draws)
+        buffers.jitter.copy_(jitter * self.renderer.step_size)
+        if config.guidance.sample_posterior:
+            buffers.posterior.copy_(torch.randn(buffers.posterior.shape, **draws))
+        return shading
+
+    def _target(
+        self, latents: Tensor, step: int, t: int | None, delta: int | None
+    ) -> GuidanceOutput:
+        config, batch = self.config, latents.shape[0]
+        n_train_steps = self.pipeline.schedule.n_train_steps
+        level = annealed_timestep(
             step,
             config.engine.max_steps,
             config.guidance,
-            batch_size=camera.batch_size,
+            batch_size=batch,
             generator=self.generator,
-            n_train_steps=self.pipeline.schedule.n_train_steps,
-        )  # stays on the CPU: the inversion's path is planned there
+            n_train_steps=n_train_steps,
+        )  # on the CPU: the inversion's path is planned there
+        if t is not None:
+            level = torch.full((batch,), t)
+        camera = self.buffers.camera
         condition = self.prompts.condition(
             camera.azimuth_deg, camera.elevation_deg, perp_neg=config.guidance.perp_neg
         )
-        guided = self.guidance.target(latents.detach(), condition, t, self.generator)
-        parts = {"guidance": self.guidance.loss(latents, guided)}
-        parts.update(render_losses(output, camera, config.loss, step, backend=self.backend))
-        weights = loss_weights(config.loss, step)
-        total = torch.stack([weights[name] * value for name, value in parts.items()]).sum()
-        scalars = {name: float(value.detach()) for name, value in parts.items()}
-        return total, scalars, int(t[0]), guided.n_unet_calls
+        if config.guidance.method != "sdi":
+            return self.guidance.target(latents, condition, level, self.noise)
+        beyond = draw_delta(batch, self.generator, config.guidance, n_train_steps)
+        if delta is not None:
+            beyond = torch.full((batch,), delta)
+        sdi: Any = self.guidance  # which alone has a delta
+        return sdi.target(latents, condition, level, self.noise, delta=beyond)
 
-    def _render(
-        self, camera: Camera, step: int, shading: str, generator: torch.Generator | None
-    ) -> RenderOutput:
-        return self.renderer.render(
-            self.field,
-            self.background,
-            self.occupancy,
-            camera,
-            step,
-            shading,
-            jitter_generator=generator,
-        )
+    def _settle(self, n_left: int) -> None:
+        """Reads the numbers of queued steps, oldest first, until `n_left` are left."""
+        while len(self._pending) > n_left:
+            metrics = self._pending.popleft().settled()
+            self._bad_steps = metrics.bad_steps
+            self._history.append({name: float(getattr(metrics, name)) for name in HISTORY_COLUMNS})
+            if metrics.bad_steps >= MAX_BAD_STEPS:
+                self._pending.clear()  # those have changed nothing
+                self.global_step = metrics.step + 1
+                raise NonFiniteError(
+                    f"the loss or its gradient was not finite in {metrics.bad_steps} steps in a "
+                    f"row (the last: step {metrics.step}, loss {metrics.loss}); the parameters are "
+                    f"those of step {metrics.step - metrics.bad_steps + 1}"
+                )
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """A row of numbers a step; waits for the steps that are queued."""
+        self._settle(0)
+        return self._history
+
+    @property
+    def bad_steps(self) -> int:
+        """Steps in a row, up to now, that were skipped; waits for those that are queued."""
+        self._settle(0)
+        return self._bad_steps
 
     def _occupancy_density(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -243,13 +290,26 @@ class Engine:
         finally:
             torch.use_deterministic_algorithms(before)
 
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """The engine's own stream, in order with the caller's, on which graphs are captured."""
+        if self._stream is None:
+            yield
+            return
+        outer = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(outer)
+        with torch.cuda.stream(self._stream):
+            yield
+        outer.wait_stream(self._stream)
+
     # ---- the loop -------------------------------------------------------------------------
 
     def run(self, *, callbacks: Sequence[Callback] = (), until: int | None = None) -> None:
         """Steps to `until` (default: the config's max_steps), or until `request_stop()`.
 
         Args:
-            callbacks: each is called as callback(engine, metrics) after every step.
+            callbacks: each is called as callback(engine, metrics) after every step; on a GPU
+                reading numbers of metrics that are not `ready` holds the loop up.
             until: global step at which to return.
         """
         end = self.config.engine.max_steps if until is None else until
@@ -258,6 +318,7 @@ class Engine:
             metrics = self.step()
             for callback in callbacks:
                 callback(self, metrics)
+        self._settle(0)
 
     def request_stop(self) -> None:
         """Makes `run` return after the step in hand; safe to call from a callback."""
@@ -269,7 +330,14 @@ class Engine:
     def render(self, camera: Camera, shading: str = "albedo") -> RenderOutput:
         """Images of `camera`'s views as the field stands, on the engine's device; no jitter, no
         gradient."""
-        return self._render(camera_to(camera, self.device), self.global_step, shading, None)
+        return self.renderer.render(
+            self.field,
+            self.background,
+            self.occupancy,
+            camera_to(camera, self.device),
+            self.global_step,
+            shading,
+        )
 
     @torch.no_grad()
     def density(self, x: Tensor) -> Tensor:
@@ -285,17 +353,32 @@ class Engine:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, as flat CPU tensors fit for safetensors."""
+        return self.snapshot().tensors()
+
+    def snapshot(self) -> Snapshot:
+        """`state_tensors()` as of now, on its way to the host; the loop need not wait for it."""
         state = {f"field.{k}": v for k, v in self.field.state_dict().items()}
         state.update({f"background.{k}": v for k, v in self.background.state_dict().items()})
         state.update({f"optimizer.{k}": v for k, v in self.optimizer.state_dict().items()})
         state.update({f"occupancy.{k}": v for k, v in self.occupancy.state_dict().items()})
         state["engine.generator"] = self.generator.get_state()
-        state["engine.counters"] = torch.tensor([self.global_step, self.bad_steps])
-        rows = [[row[name] for name in HISTORY_COLUMNS] for row in self.history]
-        state["engine.history"] = torch.tensor(rows, dtype=torch.float64).reshape(
-            -1, len(HISTORY_COLUMNS)
+        own_stream = self.noise is not self.generator
+        state["engine.noise"] = (
+            self.noise.get_state() if own_stream else torch.zeros(0, dtype=torch.uint8)
         )
-        return {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}
+        state["engine.bad_steps"] = self.buffers.bad_steps
+        state["engine.global_step"] = torch.tensor(self.global_step)
+        rows = [*self._history, *self._pending]
+
+        def finish() -> dict[str, Tensor]:
+            numbers = [
+                [float(r[n] if isinstance(r, dict) else getattr(r, n)) for n in HISTORY_COLUMNS]
+                for r in rows
+            ]
+            history = torch.tensor(numbers, dtype=torch.float64)
+            return {"engine.history": history.reshape(-1, len(HISTORY_COLUMNS))}
+
+        return Snapshot(state, finish)
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Takes over a state of `state_tensors()`.
@@ -305,6 +388,13 @@ class Engine:
                 engine is unchanged then.
         """
         own = self.state_tensors()
+        noise = tensors.get("engine.noise", own["engine.noise"])
+        if noise.shape != own["engine.noise"].shape:
+            there = "a GPU" if noise.numel() else "a CPU"
+            raise SDIFastError(
+                f"checkpoint: its noise was drawn on {there}; a run on {self.device} "
+                "cannot go on with it"
+            )
         if tensors.keys() != own.keys():
             odd = sorted(tensors.keys() ^ own.keys())[0]
             raise SDIFastError(f"checkpoint: tensor {odd!r} is missing or not expected")
@@ -323,6 +413,11 @@ class Engine:
         self.optimizer.load_state_dict(part("optimizer."))
         self.occupancy.load_state_dict(part("occupancy."))
         self.generator.set_state(tensors["engine.generator"])
-        self.global_step, self.bad_steps = (int(v) for v in tensors["engine.counters"])
+        if noise.numel():
+            self.noise.set_state(noise)
+        self.global_step = int(tensors["engine.global_step"])
+        self._bad_steps = int(tensors["engine.bad_steps"])
+        self.buffers.bad_steps.fill_(self._bad_steps)
+        self._pending.clear()
         rows = tensors["engine.history"].tolist()
-        self.history = [dict(zip(HISTORY_COLUMNS, row, strict=True)) for row in rows]
+        self._history = [dict(zip(HISTORY_COLUMNS, row, strict=True)) for row in rows]

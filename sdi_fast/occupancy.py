@@ -66,7 +66,7 @@ class OccupancyGrid:
             else:
                 cells, points = self._draw_fixed(generator)
             density = density_fn(points)
-            self.binary = update_occupancy(
+            binary = update_occupancy(
                 self.occs,
                 cells,
                 density.to(self.occs.dtype) * self.step_size,
@@ -74,6 +74,7 @@ class OccupancyGrid:
                 config.occupancy_threshold,
                 backend=self.backend,
             )
+            self.binary.copy_(binary)  # in place: captured renderings read it there
 
     def mean(self) -> float:
         """Mean of density * step size over all cells: the bound of the alpha threshold."""
@@ -98,8 +99,8 @@ class OccupancyGrid:
                     f"occupancy.{name}: expected shape {list(value.shape)}, "
                     f"got {list(state[name].shape)}"
                 )
-        self.occs = state["occs"].to(self.occs).clone()
-        self.binary = state["binary"].to(self.occs.device) != 0
+        self.occs.copy_(state["occs"])
+        self.binary.copy_(state["binary"] != 0)
 
     def _draw_cells(self, generator: torch.Generator) -> Tensor:  # [M] i64
         n_cells = self.occs.numel()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,25 +46,48 @@ class Adam:
         self.betas = betas
         self.eps = eps
         self.backend = backend
-        self.n_steps = 0
         self._check()
+        # on the parameters' device, so that a step that is skipped there does not count
+        devices = {p.device for _, p, _ in self._named()}
+        self._n_steps = torch.zeros((), dtype=torch.int64, device=next(iter(devices), None))
         self._exp_avg = {name: torch.zeros_like(p) for name, p, _ in self._named()}
         self._exp_avg_sq = {name: torch.zeros_like(p) for name, p, _ in self._named()}
 
-    def step(self) -> None:
-        """One update of every parameter from its `.grad`."""
-        self.n_steps += 1
-        for name, param, lr in self._named():
-            grad = torch.zeros_like(param) if param.grad is None else param.grad
+    @property
+    def n_steps(self) -> int:
+        """Updates so far, skipped ones excluded. Waits for the device."""
+        return int(self._n_steps)
+
+    def parameters(self) -> list[Tensor]:
+        """All parameters, in the order that `step` takes gradients in."""
+        return [param for _, param, _ in self._named()]
+
+    @torch.no_grad()
+    def step(
+        self, grads: Sequence[Tensor | None] | None = None, *, skip: Tensor | None = None
+    ) -> None:
+        """One update of every parameter. Never waits for the device.
+
+        Args:
+            grads: one a parameter, in the order of `parameters()`; each one's `.grad` where None.
+            skip: [] bool on the parameters' device; where true, nothing changes.
+        """
+        params = self.parameters()
+        grads = [p.grad for p in params] if grads is None else grads
+        if len(grads) != len(params):
+            raise SDIFastError(f"grads: expected {len(params)} gradients, got {len(grads)}")
+        self._n_steps.add_(1 if skip is None else ~skip)
+        for (name, param, lr), grad in zip(self._named(), grads, strict=True):
             adam_step(
                 param.detach(),
-                grad,
+                torch.zeros_like(param) if grad is None else grad,
                 self._exp_avg[name],
                 self._exp_avg_sq[name],
-                self.n_steps,
+                self._n_steps,
                 lr,
                 self.betas,
                 self.eps,
+                skip=skip,
                 backend=self.backend,
             )
 
@@ -80,7 +103,7 @@ class Adam:
 
     def state_dict(self) -> dict[str, Tensor]:
         """ "step", and "exp_avg.GROUP.NAME" and "exp_avg_sq.GROUP.NAME" of each parameter."""
-        state = {"step": torch.tensor(self.n_steps)}
+        state = {"step": self._n_steps}
         state.update({f"exp_avg.{name}": value for name, value in self._exp_avg.items()})
         state.update({f"exp_avg_sq.{name}": value for name, value in self._exp_avg_sq.items()})
         return state
@@ -103,7 +126,7 @@ class Adam:
                     f"optimizer: {name}: expected shape {list(value.shape)}, "
                     f"got {list(state[name].shape)}"
                 )
-        self.n_steps = int(state["step"])
+        self._n_steps.copy_(state["step"])
         for name in self._exp_avg:
             self._exp_avg[name].copy_(state[f"exp_avg.{name}"])
             self._exp_avg_sq[name].copy_(state[f"exp_avg_sq.{name}"])

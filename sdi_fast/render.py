@@ -100,23 +100,28 @@ class Renderer:
         step: int,
         shading: str,  # "albedo", "textureless" or "diffuse"
         *,
-        jitter_generator: torch.Generator | None,  # None: no jitter (evaluation)
+        jitter_generator: torch.Generator | None = None,
+        jitter: Tensor | None = None,  # [R] scene units
     ) -> RenderOutput:
         """Images of `camera`'s views at training step `step` (which sets the active levels).
+
+        Args:
+            jitter_generator: draws how far each ray's samples are shifted.
+            jitter: the shifts, in [0, step_size), instead; without either none (evaluation).
 
         Raises:
             SDIFastError: for an unknown shading or tensors that do not fit each other.
         """
         rays = self._rays(camera)
+        if jitter is None:
+            jitter = self._jitter(rays, jitter_generator)
         active = field.active_levels(step)
         sums: RaySums | Composited
         n_samples: int | Tensor
-        if self._is_fused(field, camera):
-            sums, n_samples = self._fused(
-                field, occupancy, camera, rays, active, shading, jitter_generator
-            )
+        if self.is_fused(field, camera.c2w):
+            sums, n_samples = self._fused(field, occupancy, camera, active, shading, jitter)
         else:
-            samples = self._visible_samples(field, occupancy, rays, active, jitter_generator)
+            samples = self._visible_samples(field, occupancy, rays, active, jitter)
             sums = self._composite(field, rays, samples, camera.light_positions, active, shading)
             n_samples = samples.n_samples
         sky = background_op(
@@ -124,17 +129,21 @@ class Renderer:
         )
         return _images(sums, sky, rays, n_samples)
 
-    def _is_fused(self, field: Field, camera: Camera) -> bool:
-        """Whether the fused kernels take this; SDIFastError where they are asked for and cannot."""
+    def is_fused(self, field: Field, like: Tensor) -> bool:
+        """Whether the fused kernels render `field` on `like`'s device, in its dtype.
+
+        Raises:
+            SDIFastError: where they are asked for and cannot.
+        """
         if self.config.precision == "fp32" or self.backend not in ("auto", "cuda"):
             can = False
         else:
-            can = can_fuse(field.spec, camera.c2w)
+            can = can_fuse(field.spec, like)
         if self.config.precision == "fp16" and not can:
             raise SDIFastError(
                 'render.precision: "fp16" needs backend "auto" or "cuda", a CUDA device, an '
                 "extension built with nvcc and a field that sdi_fast.ops.render_views takes; "
-                f"got backend {self.backend!r}, device {camera.c2w.device}"
+                f"got backend {self.backend!r}, device {like.device}"
             )
         return can
 
@@ -143,10 +152,9 @@ class Renderer:
         field: Field,
         occupancy: Occupancy,
         camera: Camera,
-        rays: Rays,
         active_levels: int,
         shading: str,
-        jitter_generator: torch.Generator | None,
+        jitter: Tensor | None,
     ) -> tuple[RaySums, Tensor]:
         """The sums of all rays, and how many samples they hold."""
         config = self.config
@@ -159,7 +167,7 @@ class Renderer:
             MarchSpec(self.step_size, config.near, config.early_stop_eps, config.alpha_threshold),
             shading,
             alpha_bound=occupancy.mean_tensor(),
-            jitter=self._jitter(rays, jitter_generator),
+            jitter=jitter,
             backend=self.backend,
         )
         return sums, sums.counts[0]
@@ -177,7 +185,7 @@ class Renderer:
         occupancy: Occupancy,
         rays: Rays,
         active_levels: int,
-        jitter_generator: torch.Generator | None,
+        jitter: Tensor | None,
     ) -> Samples:
         """The samples that contribute, found without gradient."""
         samples = march(
@@ -187,7 +195,7 @@ class Renderer:
             self.radius,
             self.step_size,
             self.config.near,
-            self._jitter(rays, jitter_generator),
+            jitter,
             backend=self.backend,
         )
         params = field.params()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -221,6 +222,7 @@ class Steps(Engine):
     def __init__(self, max_steps: int, at: int = 0) -> None:
         self.config = Config().with_steps(max_steps)
         self.global_step = at
+        self._pending = deque()
 
     def step(self) -> StepMetrics:
         self.global_step += 1

@@ -26,6 +26,8 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("ops", ("ops.*",)),
     ("stages", ("camera", "occupancy", "field", "render", "losses", "optim", "diffusion.*")),
     ("guidance", ("guidance.*",)),
+    ("devices", ("placement", "readback")),
+    ("step", ("step",)),
     ("engine", ("engine", "checkpoint")),
     ("results", ("runs", "media", "mesh", "field_file")),
     ("export", ("export", "toyworld.*")),

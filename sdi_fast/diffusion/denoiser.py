@@ -97,7 +97,7 @@ def choose_denoiser(
     if kind == "diffusers":
         return Denoiser(unet), ""
     if kind == "auto" and not on_gpu:
-        return Denoiser(unet), "diffusers' UNet runs: there is no GPU"
+        return Denoiser(unet), ""
     try:
         fast = FastUNet(unet, options)
     except SDIFastError as error:

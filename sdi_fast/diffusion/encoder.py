@@ -82,34 +82,43 @@ class LatentEncoder:
         images: Tensor,  # [B, 3, H, W] f32, in [0, 1]
         generator: torch.Generator | None = None,
         sample: bool = True,
+        *,
+        noise: Tensor | None = None,  # [B, C, h, w]
+        graphed: bool = True,
     ) -> Tensor:
         """Latents [B, C, h, w] in the images' dtype, with a gradient to `images` (methods.md C2).
 
         Args:
-            generator: draws the posterior's noise; needed where `sample`.
+            generator: draws the posterior's noise; needed where `sample`, without `noise`.
             sample: a draw from the posterior, or its mode.
+            noise: the posterior's noise.
+            graphed: whether the fast encoder on a GPU runs as its own CUDA graphs; not for callers
+                that capture the call.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise SDIFastError(f"images: expected [B, 3, H, W], got {tuple(images.shape)}")
-        if sample and generator is None:
+        if sample and generator is None and noise is None:
             raise SDIFastError("generator: expected a torch.Generator to sample with, got None")
         size = (self.image_size, self.image_size)
         x = images
         if tuple(images.shape[-2:]) != size:
             x = F.interpolate(images, size, mode="bilinear", align_corners=False)
-        mean, std = self._posterior(2.0 * x - 1.0)
+        mean, std = self._posterior(2.0 * x - 1.0, graphed)
         latents = mean
         if sample:
-            assert generator is not None
-            latents = mean + std * draw_normal(mean.shape, generator, mean)
+            if noise is None:
+                assert generator is not None
+                noise = draw_normal(mean.shape, generator, mean)
+            latents = mean + std * noise
         return (latents - self.shift_factor) * self.scaling_factor
 
     def _posterior(
         self,
         x: Tensor,  # [B, 3, S, S] f32, in [-1, 1]
+        graphed: bool,
     ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, [B, C, h, w] in x's dtype, not scaled."""
-        parameters = self._parameters(x) if self.fast is None else self.fast(x)
+        parameters = self._parameters(x) if self.fast is None else self.fast(x, graphed)
         mean, logvar = parameters.chunk(2, dim=1)
         return mean, torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE))
 
@@ -142,7 +151,7 @@ def _make_fast(vae: Any, image_size: int, kind: str) -> tuple[EncoderGraphs | No
     if kind == "diffusers":
         return None, ""
     if kind == "auto" and not on_gpu:
-        return None, "diffusers' encoder runs: there is no GPU"
+        return None, ""
     try:
         packed = pack_encoder(vae)
         if image_size % 2**packed.n_halvings:

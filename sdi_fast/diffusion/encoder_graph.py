@@ -30,7 +30,9 @@ class EncoderGraph:
         self._tape: list[Step] = []
         self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
         with torch.inference_mode(False):  # buffers born in that mode could not be written later
-            self._x = torch.zeros_like(like, memory_format=torch.contiguous_format)
+            self._x = like
+            if capture:
+                self._x = torch.zeros_like(like, memory_format=torch.contiguous_format)
             self._out = self._grad = self._grad_x = self._x
             if capture:
                 with torch.cuda.device(like.device):
@@ -148,7 +150,14 @@ class EncoderGraphs:
     def __call__(
         self,
         x: Tensor,  # [B, 3, H, W] f32, in [-1, 1]
+        graphed: bool = True,
     ) -> Tensor:
-        """The posterior's mean and log variance side by side, [B, 2 C, h, w] in x's dtype."""
+        """The posterior's mean and log variance side by side, [B, 2 C, h, w] in x's dtype.
+
+        Args:
+            graphed: False: kernel by kernel, for callers that capture this call themselves; what
+                it keeps for the backward then goes with the result.
+        """
         self.encoder.check(x)
-        return _Encode.apply(x, self.graph_of(x))
+        graph = self.graph_of(x) if graphed else EncoderGraph(self.encoder, x.detach(), False)
+        return _Encode.apply(x, graph)

@@ -165,6 +165,8 @@ class InversionGraphs:
         nodes, lengths = inversion_paths(self.schedule, t, delta, self.config)
         n_steps = max(lengths)
         numbers = torch.tensor([lengths, list(t), *map(list, zip(*nodes, strict=True))])
+        if self._z.is_cuda:
+            numbers = numbers.pin_memory()  # from other memory a copy may wait for the device
         self._integers[: len(numbers)].copy_(numbers, non_blocking=True)
         self._z.copy_(latents)
         self._embeddings.copy_(condition.embeddings)

@@ -42,7 +42,7 @@ class SDI:
         check_config(config)
         self.model = model
         self.config = config
-        self.static = config.static if static is None else static
+        self.static = bool(config.static if static is None else static)
         check_shortcuts(model.denoiser, config.shortcuts, self.static)
         self._graphs: list[InversionGraphs] = []  # of the shapes seen last, the last one first
 
