@@ -12,6 +12,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 from . import __version__
 from .config import Config, config_to_dict
 from .files import atomic_path, fsync_folder
+from .readback import Snapshot
 from .types import SDIFastError
 
 FORMAT = "sdi_fast.checkpoint.1"
@@ -147,6 +149,41 @@ def write_checkpoint(
     save_checkpoint(path, tensors, metadata)
     prune_checkpoints(folder, step)
     return path
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints one after the other, on a GPU beside the loop.
+
+    A checkpoint of a bad streak is left out, so that the last one is one to go back to.
+
+    Args:
+        threaded: write in a thread: the loop goes on while the state is on its way from the GPU,
+            is hashed and written. An error of a write is raised by the next call.
+    """
+
+    def __init__(self, folder: Path, config: Config, *, threaded: bool) -> None:
+        self.folder, self.config = folder, config
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if threaded else None
+        self._last: Future[None] | None = None
+
+    def save(self, step: int, snapshot: Snapshot) -> None:
+        """Begins to write the state that `step` steps have led to; waits for the one before."""
+        self.wait()
+        if self._pool is None:
+            self._write(step, snapshot)
+        else:
+            self._last = self._pool.submit(self._write, step, snapshot)
+
+    def wait(self) -> None:
+        """Until everything is written."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def _write(self, step: int, snapshot: Snapshot) -> None:
+        tensors = snapshot.tensors()
+        if not int(tensors["engine.bad_steps"]):
+            write_checkpoint(self.folder, step, tensors, self.config)
 
 
 def check_same_run(config: Config, checkpoint: Checkpoint) -> None:

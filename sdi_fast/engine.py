@@ -318,7 +318,8 @@ class Engine:
             metrics = self.step()
             for callback in callbacks:
                 callback(self, metrics)
-        self._settle(0)
+        if self._stop or self.global_step >= self.config.engine.max_steps:
+            self._settle(0)  # at the end of a turn the GPU may go on
 
     def request_stop(self) -> None:
         """Makes `run` return after the step in hand; safe to call from a callback."""
