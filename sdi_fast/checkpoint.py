@@ -195,12 +195,21 @@ def check_same_run(config: Config, checkpoint: Checkpoint) -> None:
         theirs = _flat(json.loads(checkpoint.metadata["config"]))
     except (KeyError, ValueError, AttributeError) as error:
         raise _corrupted(checkpoint.path, "its config cannot be read") from error
-    ours = _flat(json.loads(json.dumps(config_to_dict(config))))
+    _check_same(config, theirs, checkpoint.path.parent)
+
+
+def check_same_config(config: Config, other: Config, folder: Path) -> None:
+    """Likewise, for the config `other` of the run in `folder`."""
+    _check_same(config, _flat_config(other), folder)
+
+
+def _check_same(config: Config, theirs: dict[str, object], folder: Path) -> None:
+    ours = _flat_config(config)
     for key in dict.fromkeys([*TOLD_FIRST, *ours, *theirs]):
         mine, other = ours.get(key, "(no such key)"), theirs.get(key, "(no such key)")
         if mine != other and not key.startswith(FREE_KEYS):
             raise SDIFastError(
-                f"{key}: the run in {checkpoint.path.parent} has {_short(other)}, this one asks "
+                f"{key}: the run in {folder} has {_short(other)}, this one asks "
                 f"for {_short(mine)}; resume with the same settings or take another --out"
             )
 
@@ -252,6 +261,11 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, object]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _flat_config(config: Config) -> dict[str, object]:
+    """A config as it reads in a checkpoint."""
+    return _flat(json.loads(json.dumps(config_to_dict(config))))
 
 
 def _short(value: object) -> str:

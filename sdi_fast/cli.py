@@ -278,6 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(command: Any) -> int:
     """Runs a command; bad input and known failures become one line and an exit code."""
+    import torch
     from rich.console import Console
 
     from .engine import NonFiniteError
@@ -290,7 +291,8 @@ def _run(command: Any) -> int:
         except SDIFastError as error:
             _complain(str(error), "error")
             return 2
-        except (NonFiniteError, OSError) as error:  # diverged; disk full, no permission
+        except (NonFiniteError, torch.OutOfMemoryError, OSError) as error:
+            # diverged; too large for the GPU; disk full, no permission
             _complain(str(error), "error")
             return 1
         except KeyboardInterrupt:

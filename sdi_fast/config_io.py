@@ -138,9 +138,23 @@ def parse_assignment(text: str) -> dict[str, Any]:
         tree: Any = yaml.safe_load(value)
     except (yaml.YAMLError, RecursionError) as error:
         raise SDIFastError(f"set: the value of {_short(text)} is not valid YAML") from error
-    for part in reversed(key.strip().split(".")):
-        tree = {part: tree}
-    return tree
+    return nest(key.strip(), tree)
+
+
+def nest(key: str, value: Any) -> dict[str, Any]:
+    """The value at a dotted key: "a.b" makes {"a": {"b": value}}."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def merge(tree: dict[str, Any], other: dict[str, Any]) -> None:
+    """Lays `other` over `tree`, mapping by mapping."""
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            merge(tree[key], value)
+        else:
+            tree[key] = value
 
 
 def check_prompt(prompt: object, name: str = "prompt", *, allow_empty: bool = False) -> str:

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from . import __version__
-from .checkpoint import CHECKPOINT_NAME, list_checkpoints
+from .checkpoint import CHECKPOINT_NAME, check_same_config, list_checkpoints
 from .config import Config
-from .config_io import config_to_yaml
+from .config_io import config_from_yaml, config_to_yaml
 from .constants import SLUG_CHARS
 from .files import TEMP_MARK, sweep_temporary, write_text
 from .types import SDIFastError
@@ -87,10 +87,7 @@ class RunFolder:
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> Path:
         """Writes metrics.json; numbers that are not finite become null."""
-        path = self.path / METRICS_NAME
-        text = json.dumps(_finite(metrics), indent=2, allow_nan=False)
-        write_text(path, text + "\n")
-        return path
+        return write_json(self.path / METRICS_NAME, metrics)
 
 
 @contextlib.contextmanager
@@ -115,11 +112,7 @@ def open_run(
     path = OUTPUTS / prompt_slug(prompt) if out is None else Path(out)
     check_vacant(path, resume=resume, overwrite=overwrite)
     is_new = not path.exists()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: a null character
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        raise SDIFastError(f"out: the folder {_shown(path)} cannot be made: {why}") from error
+    make_folder(path)
     with _locked(path):
         check_vacant(path, resume=resume, overwrite=overwrite)  # now that nobody else writes
         try:
@@ -129,6 +122,27 @@ def open_run(
                 (path / LOCK_NAME).unlink()  # nothing was written: leave no trace
                 path.rmdir()
             raise
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder for results and those above it; raises SDIFastError where it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise SDIFastError(f"out: the folder {_shown(path)} cannot be made: {why}") from error
+
+
+def is_finished(path: Path, config: Config) -> bool:
+    """Whether the folder holds all results of a run of `config`.
+
+    Raises:
+        SDIFastError: where they are another config's, or that config cannot be read.
+    """
+    if not (path / METRICS_NAME).is_file() or not (path / CONFIG_NAME).is_file():
+        return False
+    check_same_config(config, config_from_yaml(path / CONFIG_NAME), path)
+    return True
 
 
 def check_vacant(path: Path, *, resume: bool, overwrite: bool) -> None:
@@ -227,6 +241,12 @@ def build_metrics(
         "versions": versions(),
         "history": thin(rows),
     }
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> Path:
+    """Writes a JSON file whole or not at all; numbers that are not finite become null."""
+    write_text(path, json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
+    return path
 
 
 def thin(rows: Sequence[Any], n: int = MAX_HISTORY) -> list[Any]:

@@ -324,13 +324,13 @@ def test_a_second_signal_exits_at_once(monkeypatch, capfd) -> None:
 def test_a_signal_while_loading_says_that_there_is_nothing_to_resume(
     tmp_path, monkeypatch, capsys
 ) -> None:
-    from sdi_fast import api
+    from sdi_fast import run_loop
 
     def load(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr(api, "Engine", load)
+    monkeypatch.setattr(run_loop, "RunEngine", load)
     assert cli.main(["generate", "x", "--out", str(tmp_path / "out")]) == 143
     assert "nothing to resume" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -31,6 +31,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("engine", ("engine", "checkpoint")),
     ("results", ("runs", "media", "mesh", "field_file")),
     ("export", ("export", "toyworld.*")),
+    ("run loop", ("run_loop",)),
     ("api", ("api",)),
     ("command line", ("progress", "doctor")),
     ("cli", ("cli", "__main__")),
