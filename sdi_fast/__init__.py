@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import GenerateResult as GenerateResult
     from .api import generate as generate
+    from .api import generate_batch as generate_batch
+    from .batch import BatchItem as BatchItem
     from .config import Config as Config
     from .engine import Engine as Engine
     from .engine import StepMetrics as StepMetrics
@@ -23,14 +25,25 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BatchItem": "batch",
     "Config": "config",
     "Engine": "engine",
     "StepMetrics": "engine",
     "GenerateResult": "api",
     "SDIFastError": "types",
     "generate": "api",
+    "generate_batch": "api",
 }
-__all__ = ["Config", "Engine", "GenerateResult", "SDIFastError", "StepMetrics", "generate"]
+__all__ = [
+    "BatchItem",
+    "Config",
+    "Engine",
+    "GenerateResult",
+    "SDIFastError",
+    "StepMetrics",
+    "generate",
+    "generate_batch",
+]
 
 
 def __getattr__(name: str) -> Any:

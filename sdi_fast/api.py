@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+from .batch import Asset, Batch, BatchItem
 from .config import Config, toyworld_config
 from .config_io import check_config, check_prompt
 from .constants import BUNDLED_MODEL_ID, DEFAULT_MODEL_ID
 from .engine import Callback
 from .run_loop import GenerateResult, memory_line, start_run
+from .runs import prompt_slug
 from .types import SDIFastError
 
 
@@ -65,6 +67,61 @@ def generate(
             return run.finish() if run.completed else run.unfinished()
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(memory_line(error, config)) from error
+
+
+def generate_batch(
+    prompts: Sequence[str | Config],
+    *,
+    out: Path | str,
+    per_gpu: int = 1,
+    model: str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> list[BatchItem]:
+    """Makes several objects in one process that loads the frozen networks once.
+
+    One that fails does not stop the others. `out`/batch.json says what became of each.
+
+    Args:
+        prompts: what to make; whole Configs among them (`model` has to be None then).
+        out: folder for all; each object goes to `out`/<slug of its prompt>.
+        per_gpu: objects that are optimised at a time, a step each in turn.
+        model, steps, seed: as for `generate`.
+        resume: skip the objects that are done, continue those that have a checkpoint.
+        overwrite: replace earlier runs in the objects' folders.
+        callbacks: called as callback(engine, metrics) after every step of every object; one may
+            call engine.request_stop(), which saves a checkpoint of every object in the making and
+            ends the batch early.
+
+    Returns:
+        What became of each, in the order of `prompts`.
+
+    Raises:
+        SDIFastError: for bad input; nothing was written then.
+    """
+    if isinstance(prompts, str | Config):
+        raise SDIFastError("prompts: expected a list, got a single one")
+    assets = []
+    for i, prompt in enumerate(prompts):
+        where = f"prompts[{i}]"
+        try:
+            config = _settle(prompt, model, steps, seed)
+        except SDIFastError as error:
+            raise SDIFastError(f"{where}: {error}") from error
+        assets.append(Asset(config, Path(out) / prompt_slug(config.prompt), where))
+    batch = Batch(
+        assets,
+        Path(out),
+        per_gpu=per_gpu,
+        resume=resume,
+        overwrite=overwrite,
+        callbacks=callbacks,
+    )
+    batch.run()
+    return batch.items
 
 
 def _settle(prompt: str | Config, model: str | None, steps: int | None, seed: int | None) -> Config:

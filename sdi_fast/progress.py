@@ -6,12 +6,16 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .batch import BatchItem
+from .cli_text import printable, say
+from .config import Config
 from .engine import Engine, StepMetrics
 
 PLAIN_LINES = 10  # of a whole run, where there is no terminal
@@ -59,7 +63,7 @@ class Reporter:
 
     def _print_notes(self, engine: Engine) -> None:
         for note in engine.pipeline.notes:
-            self.console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+            say(self.console, f"note: {note}")
 
     def _show_bar(self, metrics: StepMetrics, done: int, total: int) -> None:
         if self._bar is None:
@@ -81,17 +85,97 @@ class Reporter:
         if not mark and done != before + 1:
             return
         left = (time.monotonic() - began) / max(done - before, 1) * (total - done)
-        self.console.print(
+        say(
+            self.console,
             f"step {done}/{total}  {self._note(metrics)}  {format_seconds(left)} left",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
         )
-        self.console.file.flush()
 
     def _note(self, metrics: StepMetrics) -> str:
         skipped = f"  ({self.n_skipped} steps skipped: not finite)" if self.n_skipped else ""
         return f"loss {metrics.loss:.4f}  t {metrics.t}{skipped}"
+
+
+class BatchReporter:
+    """Likewise for a whole batch, and a line for each asset that has ended."""
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self.console = console
+        self.quiet = quiet
+        self._left: dict[int, int] = {}  # steps, by the identity of an asset's config
+        self._total = 0
+        self._n_steps = 0  # done in this process
+        self._counts: dict[str, int] = {}  # ended assets, by status
+        self._began = 0.0
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> BatchReporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def expect(self, configs: Sequence[Config]) -> None:
+        """Says what the batch will be of; the configs are those that the engines will have."""
+        self._left = {id(config): config.engine.max_steps for config in configs}
+        self._total = sum(self._left.values())
+
+    def __call__(self, engine: Engine, metrics: StepMetrics) -> None:
+        """An engine callback."""
+        if not self._n_steps:
+            self._began = time.monotonic() - metrics.seconds
+            for note in () if self.quiet else engine.pipeline.notes:
+                say(self.console, f"note: {note}")
+        self._n_steps += 1
+        left = engine.config.engine.max_steps - engine.global_step
+        self._lower(id(engine.config), left, show=self._n_steps == 1)
+
+    def tell(self, item: BatchItem) -> None:
+        """Shows what became of an asset."""
+        self._counts[item.status] = self._counts.get(item.status, 0) + 1
+        if not self.quiet and item.status != "stopped":
+            n_ended = sum(self._counts.values())
+            error = f": {printable(item.error)}" if item.error else ""
+            prompt = printable(item.config.prompt)
+            say(self.console, f"[{n_ended}/{len(self._left)}] {item.status}: {prompt}{error}")
+        if item.status != "stopped":
+            self._lower(id(item.config), 0)
+
+    def _lower(self, key: int, left: int, show: bool = False) -> None:
+        """Takes in how many steps are left of an asset; shows it at every tenth of the batch."""
+        before = self._total - sum(self._left.values())
+        self._left[key] = left
+        done = self._total - sum(self._left.values())
+        if self.quiet or done == before:
+            return
+        if self.console.is_terminal:
+            self._show_bar(done)
+        elif show or done * PLAIN_LINES // self._total > before * PLAIN_LINES // self._total:
+            text = f"step {done}/{self._total} of the batch  {self._note()}"
+            if self._n_steps:
+                took = (time.monotonic() - self._began) / self._n_steps
+                text += f"  {format_seconds(took * (self._total - done))} left"
+            say(self.console, text)
+
+    def _show_bar(self, done: int) -> None:
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("steps of the batch"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}", markup=False),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("", total=self._total, completed=done, note="")
+            self._bar.start()
+        self._bar.update(self._task, completed=done, note=self._note())
+
+    def _note(self) -> str:
+        ended = ", ".join(f"{n} {status}" for status, n in self._counts.items())
+        return f"{ended or '0 done'} of {len(self._left)}"
 
 
 def format_seconds(seconds: float) -> str:
@@ -116,11 +200,16 @@ class StopOnSignal:
     In the loop, the step in hand is finished and the engine asked to stop, so that a checkpoint
     gets written; elsewhere `Stopped` is raised at once. A second signal ends the process where it
     stands, which files.py makes safe.
+
+    Args:
+        also_in_last_step: stop there as well, since other runs are to follow; where False, such a
+            run's results are written instead.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, *, also_in_last_step: bool = False) -> None:
+        self.also_in_last_step = also_in_last_step
         self.signum: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -137,7 +226,7 @@ class StopOnSignal:
     def __call__(self, engine: Engine, metrics: StepMetrics) -> None:
         if self.signum is None:
             return
-        if engine.global_step < engine.config.engine.max_steps:
+        if self.also_in_last_step or engine.global_step < engine.config.engine.max_steps:
             engine.request_stop()
         else:  # it was the last step: the results are as good as there
             self.signum = None

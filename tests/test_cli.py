@@ -20,6 +20,7 @@ from conftest import CHILD_CWD
 from rich.console import Console
 
 from sdi_fast import __version__, cli, doctor
+from sdi_fast.cli_text import complain
 from sdi_fast.config import Config, toyworld_config
 from sdi_fast.config_io import config_to_yaml
 from sdi_fast.engine import Engine, NonFiniteError, StepMetrics
@@ -207,7 +208,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch) -> None:
 
 
 def test_messages_cannot_drive_the_terminal(capsys) -> None:
-    cli._complain("a\x1b[2Jb\nc\u202ed", "error")
+    complain("a\x1b[2Jb\nc\u202ed", "error")
     assert capsys.readouterr().err == "sdi-fast: error: a\\x1b[2Jb c\\u202ed\n"
 
 

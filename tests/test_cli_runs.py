@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import CHILD_CWD
+from small_runs import small_run, start, wait_for
 from tiny_sd import make_tiny_sd
 
 from sdi_fast import cli
@@ -21,13 +19,6 @@ from sdi_fast.config_io import config_from_yaml
 from sdi_fast.engine import Engine, StepMetrics
 from sdi_fast.runs import prompt_slug
 
-SMALL = [
-    "camera.height=16", "camera.width=16", "render.n_samples_per_ray=32", "field.n_levels=3",
-    "field.log2_hashmap_size=8", "field.base_resolution=4", "field.start_level=2",
-    "field.hidden=8", "export.turntable_frames=2", "export.turntable_size=16",
-    "export.preview_size=16", "export.preview_views=1", "export.mesh_resolution=12",
-    "guidance.inversion_n_steps=2",
-]  # fmt: skip
 FILES = {
     "config.yaml", "metrics.json", "field.safetensors", "mesh.glb", "preview_00_color.png",
     "preview_00_normal.png", "preview_00_depth.png",
@@ -37,11 +28,6 @@ FILES = {
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_sd(tmp_path_factory.mktemp("model") / "tiny")
-
-
-def small_run(tiny: Path, *more: str) -> list[str]:
-    sets = [word for setting in SMALL for word in ("--set", setting)]
-    return ["generate", "--model", str(tiny), *sets, *more]
 
 
 def read_glb_magic(path: Path) -> bytes:
@@ -126,27 +112,6 @@ def test_hostile_prompts_are_only_text(prompt: str, tiny, tmp_path, monkeypatch,
 
 
 # ---- whole runs, killed ---------------------------------------------------------------------
-
-
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "sdi_fast.cli", *arguments],
-        cwd=CHILD_CWD,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for(process: subprocess.Popen[str], ready) -> None:
-    deadline = time.monotonic() + 90
-    while not ready():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.02)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import relative_error
 from safetensors.torch import load_file
-from test_cli_runs import SMALL
+from small_runs import SMALL
 from tiny_sd import make_tiny_sd
 
 from sdi_fast.api import base_config, generate

@@ -32,8 +32,12 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("results", ("runs", "media", "mesh", "field_file")),
     ("export", ("export", "toyworld.*")),
     ("run loop", ("run_loop",)),
+    ("batch", ("batch",)),
     ("api", ("api",)),
-    ("command line", ("progress", "doctor")),
+    ("text", ("cli_text",)),
+    ("command line", ("progress", "doctor", "batch_file")),
+    ("options", ("cli_options",)),
+    ("commands", ("cli_batch",)),
     ("cli", ("cli", "__main__")),
     ("integrations", ("integrations.*",)),
 ]

@@ -1,0 +1,49 @@
+"""Whole runs with the tiny model of tiny_sd.py, at sizes that take seconds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import CHILD_CWD
+
+SMALL = [
+    "camera.height=16", "camera.width=16", "render.n_samples_per_ray=32", "field.n_levels=3",
+    "field.log2_hashmap_size=8", "field.base_resolution=4", "field.start_level=2",
+    "field.hidden=8", "export.turntable_frames=2", "export.turntable_size=16",
+    "export.preview_size=16", "export.preview_views=1", "export.mesh_resolution=12",
+    "guidance.inversion_n_steps=2",
+]  # fmt: skip
+
+
+def small_run(tiny: Path, *more: str, command: str = "generate") -> list[str]:
+    """The arguments of a run that takes some 10 ms a step."""
+    sets = [word for setting in SMALL for word in ("--set", setting)]
+    return [command, "--model", str(tiny), *sets, *more]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    """The command line in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "sdi_fast.cli", *arguments],
+        cwd=CHILD_CWD,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+    """Until `ready()` while the process runs."""
+    deadline = time.monotonic() + 90
+    while not ready():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
