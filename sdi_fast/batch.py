@@ -15,10 +15,12 @@ import torch
 
 from .config import Config, GuidanceConfig
 from .diffusion.pipeline import Pipeline, load_pipeline
-from .engine import Callback, NonFiniteError, resolve_device
+from .engine import Callback, NonFiniteError
 from .guidance import Guidance, make_guidance
+from .placement import resolve_device, settle_guidance
 from .run_loop import GenerateResult, Run, memory_line, start_run
 from .runs import check_vacant, is_finished, make_folder, write_json
+from .step import GraphHome
 from .types import SDIFastError
 
 REPORT_NAME = "batch.json"
@@ -70,7 +72,8 @@ class _Guidances:
         fitting = [entry for entry in self.kept if entry[0] == config]
         others = [entry for entry in self.kept if entry[0] != config]
         if not fitting:
-            fitting = [(config, make_guidance(pipeline, config))]
+            own = settle_guidance(config, pipeline.device)
+            fitting = [(config, make_guidance(pipeline, own))]
         self.kept = [*fitting, *others][: self.limit]
         return fitting[0][1]
 
@@ -125,6 +128,7 @@ class Batch:
         self._seconds = [0.0] * len(assets)
         self._pipeline: Pipeline | None = None
         self._guidances = _Guidances(per_gpu)
+        self._home: GraphHome | None = None  # of all assets' graphs
         self._stop = False
         self._has_garbage = False
 
@@ -179,6 +183,8 @@ class Batch:
             return
         if self._pipeline is None:
             self._pipeline = self._load(asset.config)
+            if self._pipeline.device.type == "cuda":
+                self._home = GraphHome(self._pipeline.device)
             make_folder(self.out)
         with self._charged_to(index), contextlib.ExitStack() as stack:
             run = stack.enter_context(
@@ -189,6 +195,7 @@ class Batch:
                     overwrite=self.overwrite,
                     pipeline=self._pipeline,
                     guidance=self._guidances.get(self._pipeline, asset.config.guidance),
+                    home=self._home,
                 )
             )
             self._running.append(_Running(index, run, stack.pop_all()))

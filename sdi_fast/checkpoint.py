@@ -154,8 +154,6 @@ def write_checkpoint(
 class CheckpointWriter:
     """Writes a run's checkpoints one after the other, on a GPU beside the loop.
 
-    A checkpoint of a bad streak is left out, so that the last one is one to go back to.
-
     Args:
         threaded: write in a thread: the loop goes on while the state is on its way from the GPU,
             is hashed and written. An error of a write is raised by the next call.
@@ -165,14 +163,20 @@ class CheckpointWriter:
         self.folder, self.config = folder, config
         self._pool = ThreadPoolExecutor(1, "checkpoint") if threaded else None
         self._last: Future[None] | None = None
+        self.step = 0  # of the last one written
 
-    def save(self, step: int, snapshot: Snapshot) -> None:
-        """Begins to write the state that `step` steps have led to; waits for the one before."""
+    def save(self, step: int, snapshot: Snapshot, *, in_bad_streak: bool) -> None:
+        """Begins to write the state that `step` steps have led to; waits for the one before.
+
+        Args:
+            in_bad_streak: also where the last steps were not finite. Left out, the checkpoint
+                before stays the last one, and one to go back to.
+        """
         self.wait()
         if self._pool is None:
-            self._write(step, snapshot)
+            self._write(step, snapshot, in_bad_streak)
         else:
-            self._last = self._pool.submit(self._write, step, snapshot)
+            self._last = self._pool.submit(self._write, step, snapshot, in_bad_streak)
 
     def wait(self) -> None:
         """Until everything is written."""
@@ -180,10 +184,11 @@ class CheckpointWriter:
         if last is not None:
             last.result()
 
-    def _write(self, step: int, snapshot: Snapshot) -> None:
+    def _write(self, step: int, snapshot: Snapshot, in_bad_streak: bool) -> None:
         tensors = snapshot.tensors()
-        if not int(tensors["engine.bad_steps"]):
+        if in_bad_streak or not int(tensors["engine.bad_steps"]):
             write_checkpoint(self.folder, step, tensors, self.config)
+            self.step = step
 
 
 def check_same_run(config: Config, checkpoint: Checkpoint) -> None:

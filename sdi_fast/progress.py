@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
@@ -31,6 +32,8 @@ class Reporter:
         self._bar: Progress | None = None
         self._task: Any = None
         self._began: tuple[float, int] | None = None  # time and steps done before this session
+        self._waiting: deque[StepMetrics] = deque()  # whose numbers a GPU still has
+        self._newest: StepMetrics | None = None  # of those that have come
 
     def __enter__(self) -> Reporter:
         return self
@@ -46,7 +49,8 @@ class Reporter:
 
     def __call__(self, engine: Engine, metrics: StepMetrics) -> None:
         done, total = engine.global_step, engine.config.engine.max_steps
-        self.n_skipped += metrics.skipped
+        self._waiting.append(metrics)
+        self._take(until=metrics if done >= total else None)
         if self._began is None:
             self._began = (time.monotonic() - metrics.seconds, metrics.step)
             if not self.quiet:
@@ -54,18 +58,26 @@ class Reporter:
         if self.quiet:
             return
         if self.console.is_terminal:
-            self._show_bar(metrics, done, total)
+            self._show_bar(done, total)
         else:
             self._print_line(metrics, done, total)
         if done >= total:
             self.close()
             self.console.print("writing field, previews, mesh and turntable ...", markup=False)
 
+    def _take(self, until: StepMetrics | None = None) -> None:
+        """Takes in the metrics that are ready; waits for those up to `until`."""
+        while self._waiting and (until is not None or self._waiting[0].ready):
+            self._newest = self._waiting.popleft()
+            self.n_skipped += self._newest.skipped
+            if self._newest is until:
+                return
+
     def _print_notes(self, engine: Engine) -> None:
         for note in engine.pipeline.notes:
             say(self.console, f"note: {note}")
 
-    def _show_bar(self, metrics: StepMetrics, done: int, total: int) -> None:
+    def _show_bar(self, done: int, total: int) -> None:
         if self._bar is None:
             self._bar = Progress(
                 TextColumn("optimising"),
@@ -77,20 +89,23 @@ class Reporter:
             )
             self._task = self._bar.add_task("", total=total, completed=done - 1, note="")
             self._bar.start()
-        self._bar.update(self._task, completed=done, note=self._note(metrics))
+        self._bar.update(self._task, completed=done, note=self._note(self._newest))
 
     def _print_line(self, metrics: StepMetrics, done: int, total: int) -> None:
         began, before = self._began or (time.monotonic(), 0)
         mark = done * PLAIN_LINES // total > (done - 1) * PLAIN_LINES // total
         if not mark and done != before + 1:
             return
+        self._take(until=metrics)
         left = (time.monotonic() - began) / max(done - before, 1) * (total - done)
         say(
             self.console,
             f"step {done}/{total}  {self._note(metrics)}  {format_seconds(left)} left",
         )
 
-    def _note(self, metrics: StepMetrics) -> str:
+    def _note(self, metrics: StepMetrics | None) -> str:
+        if metrics is None:
+            return ""
         skipped = f"  ({self.n_skipped} steps skipped: not finite)" if self.n_skipped else ""
         return f"loss {metrics.loss:.4f}  t {metrics.t}{skipped}"
 

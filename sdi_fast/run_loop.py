@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from .checkpoint import check_same_run, load_latest, write_checkpoint
+from .checkpoint import CheckpointWriter, check_same_run, load_latest
 from .config import Config
 from .diffusion.pipeline import Pipeline
 from .engine import Callback, Engine, StepMetrics
 from .export import export_all
 from .guidance import Guidance
 from .runs import RunFolder, build_metrics, open_run
+from .step import GraphHome
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,11 @@ class Run:
         self.engine = engine
         self.folder = folder
         self.seconds = 0.0  # in this run's own turns
-        self._saved_step = engine.global_step  # that of the checkpoint it was resumed from, or 0
         self._between_steps = True
+        self._writer = CheckpointWriter(
+            folder.path, engine.config, threaded=engine.device.type == "cuda"
+        )
+        self._writer.step = engine.global_step  # that of the one it was resumed from, or 0
 
     @property
     def completed(self) -> bool:
@@ -75,8 +79,14 @@ class Run:
 
     def save(self) -> None:
         """Saves a checkpoint, unless this step has one or a step was broken off by an exception."""
-        if self._between_steps and self.engine.global_step > self._saved_step:
-            self._write_checkpoint()
+        self._writer.wait()
+        if self._between_steps and self.engine.global_step > self._writer.step:
+            self._write_checkpoint(in_bad_streak=True)
+            self._writer.wait()
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._writer.wait()
 
     def finish(self) -> GenerateResult:
         """Writes the results of a completed run."""
@@ -99,17 +109,13 @@ class Run:
 
     def _save_now_and_then(self, engine: Engine, metrics: StepMetrics) -> None:
         every = engine.config.engine.checkpoint_every
-        # A bad streak is not saved, so that the last checkpoint is one to go back to.
-        if every and engine.global_step % every == 0 and not engine.bad_steps:
-            self._write_checkpoint()
+        if every and engine.global_step % every == 0:
+            self._write_checkpoint(in_bad_streak=False)
 
-    def _write_checkpoint(self) -> None:
+    def _write_checkpoint(self, in_bad_streak: bool) -> None:
         """Every checkpoint of a run is written here."""
         engine = self.engine
-        write_checkpoint(
-            self.folder.path, engine.global_step, engine.state_tensors(), engine.config
-        )
-        self._saved_step = engine.global_step
+        self._writer.save(engine.global_step, engine.snapshot(), in_bad_streak=in_bad_streak)
 
 
 @contextlib.contextmanager
@@ -121,6 +127,7 @@ def start_run(
     overwrite: bool = False,
     pipeline: Pipeline | None = None,
     guidance: Guidance | None = None,
+    home: GraphHome | None = None,
 ) -> Iterator[Run]:
     """A run of `config`, from its start or from a checkpoint, with its folder locked.
 
@@ -129,7 +136,7 @@ def start_run(
         out: the folder; outputs/<slug of the prompt> where None.
         resume: continue the newest good checkpoint of the folder, if it has one.
         overwrite: replace an earlier run in the folder.
-        pipeline, guidance: to share with other runs; see `Engine`.
+        pipeline, guidance, home: to share with other runs; see `Engine`.
 
     Raises:
         SDIFastError: for bad input; nothing was written then.
@@ -138,11 +145,18 @@ def start_run(
         checkpoint = load_latest(folder.path) if resume else None
         if checkpoint is not None:
             check_same_run(config, checkpoint)
-        engine = RunEngine(config, pipeline=pipeline, guidance=guidance)
+        engine = RunEngine(config, pipeline=pipeline, guidance=guidance, home=home)
         if checkpoint is not None:
             engine.load_state_tensors(checkpoint.tensors)
         folder.start(config)
-        yield Run(engine, folder)
+        run = Run(engine, folder)
+        try:
+            yield run
+        except BaseException:
+            with contextlib.suppress(OSError):  # the error that ended the run is the one to tell
+                run.close()
+            raise
+        run.close()
 
 
 def memory_line(error: torch.OutOfMemoryError, config: Config, per_gpu: int = 1) -> str:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import weakref
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -518,6 +519,7 @@ class Steps(Engine):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.global_step = 0
+        self._pending = deque()
         self.pipeline: Any = type("Loaded", (), {"notes": ("encoder: another one",)})
 
     def step(self) -> StepMetrics:
