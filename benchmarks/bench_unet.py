@@ -33,9 +33,8 @@ from sdi_fast.diffusion.modules import cudnn_benchmark
 CANDIDATES = (
     "diffusers", "diffusers-nhwc-graph", "diffusers-compile-graph",
     "ours", "ours-graph", "ours-graph-shared", "ours-tuned-graph", "ours-tuned-graph-shared",
-    "ours-compile-graph",
 )  # fmt: skip
-TUNED = {k: "measured" for k in ("conv", "geglu", "norms", "attention", "upsample")}
+TUNED = {k: "measured" for k in ("geglu", "norms", "attention", "upsample")}
 ERROR_FACTOR = 2.0  # times diffusers' own error at the same precision (style.md 4)
 
 
@@ -97,10 +96,8 @@ class Models:
         return self.get("compiled", lambda: torch.compile(self.nhwc(), dynamic=False))
 
     def fast(self, kind: str) -> FastUNet:
-        """`kind`: "eager", "tuned" or "compile"."""
-        changes: dict[str, Any] = {"mode": "compile"} if kind == "compile" else {}
-        if kind == "tuned":
-            changes = {**TUNED, "stored": False}
+        """`kind`: "given", by the options as they are, or "tuned"."""
+        changes: dict[str, Any] = {**TUNED, "stored": False} if kind == "tuned" else {}
         options = dataclasses.replace(self.args.options, **changes)
         return self.get(f"fast {kind}", lambda: FastUNet(self.plain(), options))
 
@@ -127,8 +124,7 @@ def candidate(models: Models, name: str, given: Inputs) -> Callable[[], Tensor]:
     if name == "diffusers-compile-graph":
         with cudnn_benchmark(limit=10):  # torch's own
             return captured(diffusers_call(models, models.compiled(), given))
-    kinds = [kind for kind in ("compile", "tuned") if kind in name]
-    fast = models.fast(kinds[0] if kinds else "eager")
+    fast = models.fast("tuned" if "tuned" in name else "given")
     cache = fast.prepare(given.context)
     x, t = (given.x[:1], given.t[:1]) if "shared" in name else (given.x, given.t)
     if name == "ours":
@@ -208,7 +204,6 @@ GROUPS = {  # what a kernel's name contains -> what it is; the first that fits
     "group norm": ("group_norm", "partial_statistics"),
     "layer norm": ("layer_norm",),
     "geglu": ("geglu",),
-    "3x3 Triton": ("conv3x3",),
     "convolution": ("conv", "fprop", "cudnn", "implicit", "winograd", "wgrad", "dgrad"),
     "matrix product": ("gemm", "cutlass", "nvjet", "cublas", "splitk", "matmul", "xmma"),
     "copies": ("copy", "memcpy", "interleave", "cat", "memset", "fill"),
@@ -283,7 +278,7 @@ def main(args: Args) -> None:
         gc.collect()
         torch.cuda.empty_cache()
     batch = min(args.batches, key=lambda b: abs(b - 4))
-    for what in ("eager", "tuned"):
+    for what in ("given", "tuned"):
         if args.profile and f"fast {what}" in models.made:
             fast = models.fast(what)
             profile(fast, what, batch)

@@ -19,9 +19,7 @@ from unets import SD21, build, inputs, randomise, sd15_topology, sd21_topology
 
 from sdi_fast.diffusion.denoiser import Denoiser, make_denoiser
 from sdi_fast.diffusion.fast_unet import CapturedUNet, FastUNet, FastUNetOptions, GraphedUNet
-from sdi_fast.diffusion.fast_unet.choices import Choices
-from sdi_fast.diffusion.fast_unet.layers import Layers
-from sdi_fast.diffusion.fast_unet.packing import Norm, pack, phase_weights
+from sdi_fast.diffusion.fast_unet.packing import pack, phase_weights
 from sdi_fast.diffusion.guide import guided_output
 from sdi_fast.diffusion.prompt import Condition
 from sdi_fast.ops.unet_ops import interleave_phases
@@ -145,24 +143,8 @@ def test_triton_kernels_agree_with_the_twins_in_the_whole(small: Any) -> None:
     x, t, context = inputs(small, 1, 2, size=8)
     results = []
     for kernels in ("reference", "triton"):
-        options = FastUNetOptions(kernels=kernels, conv="triton", geglu="fused")
-        fast = FastUNet(small, options)
+        fast = FastUNet(small, FastUNetOptions(kernels=kernels, geglu="fused"))
         results.append(fast.predict_prepared(x, t, fast.prepare(context)))
-    assert relative_error(results[1], results[0]) < TOLERANCE
-
-
-@interpreted
-@pytest.mark.parametrize("conv", ["triton", "padded"])
-def test_every_way_to_convolve_agrees(conv: str) -> None:
-    pytest.importorskip("triton")
-    parts = [torch.randn(2, 4, 3, 64), torch.randn(2, 4, 3, 64)]
-    weight = torch.randn(8, 128, 3, 3).to(memory_format=torch.channels_last)
-    norm = Norm(torch.randn(128), torch.randn(128), None, 1e-5, n_groups=8)
-    shift, residual = torch.randn(2, 128), torch.randn(2, 4, 3, 8)
-    results = []
-    for options in (FastUNetOptions(), FastUNetOptions(conv=conv, kernels="triton")):
-        layers = Layers(options, Choices())
-        results.append(layers.norm_conv(parts, norm, shift, weight, residual))
     assert relative_error(results[1], results[0]) < TOLERANCE
 
 
@@ -242,8 +224,8 @@ def test_wrong_arguments_are_named(small: Any) -> None:
         "context: expected shape": lambda: fast.prepare(context[..., :5]),
         "context: expected a multiple": lambda: fast.predict(x, t, context[:1]),
         "in the cache": lambda: fast.prepare(context[:, :3], cache),
-        "kernels: .*compiler": lambda: FastUNetOptions(mode="compile", kernels="triton"),
         "attention: expected": lambda: FastUNetOptions(attention="fast"),
+        "geglu: expected auto": lambda: FastUNetOptions(geglu="default"),
         "on a GPU to capture": lambda: CapturedUNet(fast, 2, (16, 16), cache),
         "kind: expected": lambda: make_denoiser(small, "fastest"),
     }.items():
@@ -305,10 +287,14 @@ def full_size() -> Any:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("geglu", "conv"), [("separate", "cudnn"), ("fused", "padded")])
-def test_half_precision_rule_at_full_size(full_size: Any, geglu: str, conv: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [FastUNetOptions(), FastUNetOptions(stored=False), FastUNetOptions(geglu="fused")],
+    ids=["stored choices", "no choices", "fused GEGLU"],
+)
+def test_half_precision_rule_at_full_size(full_size: Any, options: FastUNetOptions) -> None:
     unet, (x, t, context), exact, error = full_size
-    fast = FastUNet(unet, FastUNetOptions(geglu=geglu, conv=conv, stored=False))
+    fast = FastUNet(unet, options)
     cache = fast.prepare(context)
     captured = CapturedUNet(fast, 1, (64, 64), cache)
     assert captured.check() < 1e-3

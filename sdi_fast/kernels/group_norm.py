@@ -4,8 +4,7 @@ Twin: group_norm of sdi_fast/reference/unet_ops.py.
 
 y = silu((x + shift - mean) rstd weight + bias), mean and rstd over N rows and the C / G channels of
 a group. x may be two tensors side by side (a skip connection): they are read where they lie and
-the normalised concatenation is written; a group may straddle their border. On demand images get
-a line and a column of zeros behind them, which conv3x3_padded.py wants.
+the normalised concatenation is written; a group may straddle their border.
 
 Two ways. One launch (group_norm_held.py): a program a (sample, group), which it holds in registers;
 for small images, where a second launch would cost as much as the first. Two launches
@@ -67,8 +66,6 @@ class _Shape:
     c_x: int
     c_skip: int
     n_groups: int
-    n_out: int
-    pad_width: int
     shift_stride: int
 
     @property
@@ -87,18 +84,16 @@ def group_norm(
     silu: bool,
     splits: int = 0,  # 1: one launch where the group fits; more: of two; 0: default_splits
     warps: int = 0,  # of a program; 0: by the size of its share
-    pad_width: int = 0,  # W: put a line and a column of zeros behind each image of N = H W pixels
 ) -> Tensor:
-    """[B, N, C], or [B, (H + 1) (W + 1), C]."""
+    """[B, N, C]."""
     x, skip = parts[0], parts[-1]
     b, n_rows, c_x = x.shape
     c_skip = skip.shape[2] if len(parts) == 2 else 0
-    n_out = (n_rows // pad_width + 1) * (pad_width + 1) if pad_width else n_rows
-    out = x.new_empty((b, n_out, c_x + c_skip))
+    out = x.new_empty((b, n_rows, c_x + c_skip))
     if out.numel() == 0:
         return out
     stride = 0 if shift is None or shift.shape[0] == 1 else shift.stride(0)
-    shape = _Shape(b, n_rows, c_x, c_skip, n_groups, n_out, pad_width, stride)
+    shape = _Shape(b, n_rows, c_x, c_skip, n_groups, stride)
     splits = splits or default_splits(b, n_rows, n_groups, shape.size)
     flags = dict(has_skip=len(parts) == 2, has_shift=shift is not None)
     tensors = (x, skip, x if shift is None else shift)
@@ -115,18 +110,17 @@ def _launch_held(
     splits: int, warps: int, flags: dict[str, bool],
 ) -> None:  # fmt: skip
     vec = math.gcd(s.size, s.c_x, MAX_VEC)
-    n = s.n_out * s.size
+    n = s.n_rows * s.size
     if not warps:
         warps = 4
-        while warps < 16 and warps * 32 * 5 * THREAD < s.n_rows * s.size:
+        while warps < 16 and warps * 32 * 5 * THREAD < n:
             warps *= 2
     lanes = min(warps * 32 * THREAD, triton.next_power_of_2(n)) // vec
     steps = triton.cdiv(n, lanes * vec)
     _group_norm_held[(s.n_groups, s.batch)](
-        *tensors, weight, bias, out, s.n_rows, s.n_out, s.c_x, s.c_skip, s.shift_stride,
-        max(s.pad_width, 1), eps, n_lanes=lanes, steps=steps,
-        per=s.size // vec, vec=vec, exact=lanes * steps * vec == s.n_rows * s.size,
-        silu=silu, padded=s.pad_width > 0, num_warps=warps, **flags,
+        *tensors, weight, bias, out, s.n_rows, s.c_x, s.c_skip, s.shift_stride, eps,
+        n_lanes=lanes, steps=steps, per=s.size // vec, vec=vec, exact=lanes * steps * vec == n,
+        silu=silu, num_warps=warps, **flags,
     )  # fmt: skip
 
 
@@ -154,11 +148,11 @@ def _launch_rows(
     )  # fmt: skip
     block = math.gcd(s.c_x, BLOCK) if s.c_skip else BLOCK
     met = min((block + s.size - 2) // s.size + 1, s.n_groups)  # groups, at most
-    rows = min(WRITE_ROWS * BLOCK // block, triton.next_power_of_2(s.n_out))
+    rows = min(WRITE_ROWS * BLOCK // block, triton.next_power_of_2(s.n_rows))
     blocks = triton.cdiv(s.c_x + s.c_skip, block)
-    _group_norm_write[(triton.cdiv(s.n_out, rows), blocks, s.batch)](
-        *tensors, weight, bias, partial, out, s.n_rows, s.n_out, *channels, splits,
-        max(s.pad_width, 1), eps, splits_pad=max(triton.next_power_of_2(splits), 16),
+    _group_norm_write[(triton.cdiv(s.n_rows, rows), blocks, s.batch)](
+        *tensors, weight, bias, partial, out, s.n_rows, *channels, splits, eps,
+        splits_pad=max(triton.next_power_of_2(splits), 16),
         tile_rows=rows, tile_channels=block, tile_groups=max(triton.next_power_of_2(met), 8),
-        silu=silu, padded=s.pad_width > 0, num_warps=warps or 4, **flags,
+        silu=silu, num_warps=warps or 4, **flags,
     )  # fmt: skip

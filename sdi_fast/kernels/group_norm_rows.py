@@ -140,9 +140,7 @@ def _combine(
     return tl.trans(pivot + apart), tl.trans(rstd)
 
 
-@triton.jit(
-    do_not_specialize=("n_rows", "n_out", "n_groups", "size", "rows_a_split", "splits", "width")
-)
+@triton.jit(do_not_specialize=("n_rows", "n_groups", "size", "rows_a_split", "splits"))
 def _group_norm_write(
     x: tl.tensor,  # [B, N, c_x]
     skip: tl.tensor,  # [B, N, c_skip] where has_skip
@@ -150,9 +148,8 @@ def _group_norm_write(
     weight: tl.tensor,  # [C]
     bias: tl.tensor,  # [C]
     partial: tl.tensor,  # [B, 2, splits, G] f32
-    out: tl.tensor,  # [B, n_out, C]
+    out: tl.tensor,  # [B, N, C]
     n_rows: tl.tensor,  # N
-    n_out: tl.tensor,  # N, or with the margin (H + 1) (W + 1)
     c_x: tl.tensor,  # a multiple of tile_channels where has_skip
     c_skip: tl.tensor,
     shift_stride: tl.tensor,
@@ -160,7 +157,6 @@ def _group_norm_write(
     size: tl.tensor,  # channels of a group
     rows_a_split: tl.tensor,
     splits: tl.tensor,
-    width: tl.tensor,  # W where padded
     eps: tl.tensor,
     splits_pad: tl.constexpr,
     tile_rows: tl.constexpr,
@@ -169,30 +165,23 @@ def _group_norm_write(
     has_skip: tl.constexpr,
     has_shift: tl.constexpr,
     silu: tl.constexpr,
-    padded: tl.constexpr,
 ) -> None:
     start = tl.program_id(1) * tile_channels
     sample = tl.program_id(2).to(tl.int64)
     lane = tl.arange(0, tile_channels)[None, :]
     channel = start + lane
     real = channel < c_x + c_skip
-    to_row = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)[:, None]
-    row = to_row
-    inside = row < n_rows
-    if padded:
-        line = row // (width + 1)
-        column = row - line * (width + 1)
-        inside = (column < width) & (row < n_out - (width + 1))
-        row = row - line
+    row = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)[:, None]
+    inside = (row < n_rows) & real
     row = sample * n_rows + row
     if has_skip:
         if start < c_x:
-            value = tl.load(x + row * c_x + channel, mask=inside & real, other=0.0)
+            value = tl.load(x + row * c_x + channel, mask=inside, other=0.0)
         else:
             at = skip + row * c_skip + (channel - c_x)
-            value = tl.load(at, mask=inside & real, other=0.0)
+            value = tl.load(at, mask=inside, other=0.0)
     else:
-        value = tl.load(x + row * c_x + channel, mask=inside & real, other=0.0)
+        value = tl.load(x + row * c_x + channel, mask=inside, other=0.0)
     w = tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
     b = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
     first = start // size
@@ -209,7 +198,5 @@ def _group_norm_write(
     y = (value.to(tl.float32) - centre) * scale + b
     if silu:
         y = apply_silu(y)
-    if padded:
-        y = tl.where(inside, y, 0.0)
-    at = out + (sample * n_out + to_row) * (c_x + c_skip) + channel
-    tl.store(at, y.to(out.dtype.element_ty), mask=(to_row < n_out) & real)
+    at = out + row * (c_x + c_skip) + channel
+    tl.store(at, y.to(out.dtype.element_ty), mask=inside)

@@ -1,7 +1,7 @@
 """What the frozen UNet does between its matrix products, without autograd.
 
 Activations are channels-last, [B, N, C] with N = h w, in f16, bf16 or f32. Kernels (Triton):
-sdi_fast/kernels/group_norm.py, layer_norm.py, geglu.py, linear_geglu.py, interleave.py, conv3x3.py.
+sdi_fast/kernels/group_norm.py, layer_norm.py, geglu.py, linear_geglu.py, interleave.py.
 `backend` is "triton", "reference" or "auto": Triton on a GPU where it is installed.
 """
 
@@ -20,6 +20,7 @@ from ._checks import check_tensor
 from ._native import resolve_backend
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ROW_BYTES = 16  # the copy engine's rows are multiples of it
 
 
 @functools.cache
@@ -44,14 +45,6 @@ def _check(
     check_tensor(name, value, shape, dtype=value.dtype, like=like)
 
 
-def _residual(value: Tensor | None, shape: tuple[int, ...], x: Tensor) -> Tensor | None:
-    """A convolution's residual, checked and contiguous."""
-    if value is None:
-        return None
-    check_tensor("residual", value, shape, dtype=x.dtype, like=x)
-    return value.contiguous()
-
-
 def group_norm(
     parts: Sequence[Tensor],  # 1 or 2 of [B, N, C_i]: normalised as if concatenated
     weight: Tensor,  # [C] f32
@@ -63,13 +56,9 @@ def group_norm(
     silu: bool,
     splits: int = 0,  # 1: one launch; more: shares of the rows in two launches; 0: by the size
     warps: int = 0,  # of a program; 0: by its size
-    pad_width: int = 0,  # W: put a line and a column of zeros behind each image of N = H W pixels
     backend: str = "auto",
 ) -> Tensor:
-    """Group norm over N and a group's channels, then SiLU where asked for.
-
-    [B, N, C], or [B, (H + 1) (W + 1), C] as conv3x3_padded takes it.
-    """
+    """Group norm over N and a group's channels, then SiLU where asked for, [B, N, C]."""
     if not 1 <= len(parts) <= 2:
         raise SDIFastError(f"parts: expected 1 or 2 tensors, got {len(parts)}")
     _check("parts[0]", parts[0], (None, None, None))
@@ -83,9 +72,7 @@ def group_norm(
     _check("bias", bias, (c,), parts[0])
     if shift is not None:
         _check("shift", shift, (1 if shift.shape[0] == 1 else b, c), parts[0])
-    if pad_width and (pad_width < 0 or n % pad_width):
-        raise SDIFastError(f"pad_width: expected a divisor of {n}, got {pad_width}")
-    options = dict(n_groups=n_groups, eps=eps, silu=silu, pad_width=pad_width)
+    options = dict(n_groups=n_groups, eps=eps, silu=silu)
     if not _use_triton("group_norm", parts[0], backend):
         return reference.group_norm(parts, weight, bias, shift, **options)  # type: ignore[arg-type]
     from ..kernels.group_norm import group_norm as kernel  # here, since Triton is optional
@@ -176,73 +163,16 @@ def linear_geglu(
     _check("bias", bias, (weight.shape[0],), x)
     if not _use_triton("linear_geglu", x, backend):
         return reference.linear_geglu(x, weight, bias)
+    multiple = ROW_BYTES // x.element_size()
+    if x.shape[1] % multiple:
+        raise SDIFastError(f"x: expected a multiple of {multiple} columns, got {x.shape[1]}")
     from ..kernels.linear_geglu import linear_geglu as kernel
 
     return kernel(x.contiguous(), weight.contiguous(), bias.contiguous(), tile)
 
 
 def linear_geglu_tiles(n_rows: int, n_inner: int) -> tuple[Any, ...]:
-    """Tiles worth measuring for x of [n_rows, n_inner] on this machine, the likeliest first."""
+    """Tiles worth measuring for x of [n_rows, n_inner], the likeliest first."""
     from ..kernels.linear_geglu import geglu_tiles
 
-    return geglu_tiles(n_rows, n_inner, has_copy_engine())
-
-
-def conv3x3(
-    x: Tensor,  # [B, H, W, C]
-    weight: Tensor,  # [F, 3, 3, C]
-    residual: Tensor | None,  # [B, H, W, F]
-    *,
-    tile: Any = None,  # a kernels.conv3x3.ConvTile
-    backend: str = "auto",
-) -> Tensor:
-    """3 x 3 convolution with padding 1, plus the residual, [B, H, W, F]."""
-    _check("x", x, (None, None, None, None))
-    check_tensor("weight", weight, (None, 3, 3, x.shape[3]), dtype=x.dtype, like=x)
-    residual = _residual(residual, (*x.shape[:3], weight.shape[0]), x)
-    if not _use_triton("conv3x3", x, backend):
-        return reference.conv3x3(x, weight, residual)
-    from ..kernels.conv3x3 import conv3x3 as kernel
-
-    return kernel(x.contiguous(), weight.contiguous(), residual, tile)
-
-
-def conv3x3_tiles(n_pixels: int, n_filters: int, n_channels: int) -> tuple[Any, ...]:
-    """Tiles worth measuring for a convolution, the likeliest first."""
-    from ..kernels.conv3x3 import conv_tiles
-
-    return conv_tiles(n_pixels, n_filters, n_channels)
-
-
-def conv3x3_padded(
-    x: Tensor,  # [B, H + 1, W + 1, C] with zeros in the last line and column
-    weight: Tensor,  # [F, 3, 3, C]
-    residual: Tensor | None,  # [B, H, W, F]
-    *,
-    tile: Any = None,  # a kernels.conv3x3.ConvTile
-    backend: str = "auto",
-) -> Tensor:
-    """conv3x3 of the image without its zeros, [B, H, W, F]; Triton needs a Hopper GPU or later."""
-    _check("x", x, (None, None, None, None))
-    check_tensor("weight", weight, (None, 3, 3, x.shape[3]), dtype=x.dtype, like=x)
-    if min(x.shape[1:3]) < 2:
-        raise SDIFastError(f"x: expected [B, H + 1, W + 1, C], got {list(x.shape)}")
-    shape = (x.shape[0], x.shape[1] - 1, x.shape[2] - 1, weight.shape[0])
-    residual = _residual(residual, shape, x)
-    if not _use_triton("conv3x3_padded", x, backend):
-        return reference.conv3x3_padded(x, weight, residual)
-    block = 64 if tile is None else tile.block_k
-    if x.shape[3] % block:
-        raise SDIFastError(f"x: expected channels in blocks of {block}, got {x.shape[3]}")
-    from ..kernels.conv3x3_padded import conv3x3_padded as kernel
-
-    return kernel(x.contiguous(), weight.contiguous(), residual, tile)
-
-
-def conv3x3_padded_tiles(
-    batch: int, height: int, width: int, n_filters: int, n_channels: int
-) -> tuple[Any, ...]:
-    """The same; () where the channels do not allow it."""
-    from ..kernels.conv3x3_padded import padded_tiles
-
-    return padded_tiles(batch, height, width, n_filters, n_channels)
+    return geglu_tiles(n_rows, n_inner)

@@ -22,12 +22,8 @@ def group_norm(
     n_groups: int,
     eps: float,
     silu: bool,
-    pad_width: int = 0,  # W: put a line and a column of zeros behind each image of N = H W pixels
 ) -> Tensor:
-    """Group norm over N and a group's channels, then SiLU where asked for.
-
-    [B, N, C], or [B, (H + 1) (W + 1), C].
-    """
+    """Group norm over N and a group's channels, then SiLU where asked for, [B, N, C]."""
     x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
     b, n, c = x.shape
     value = x.float()
@@ -37,11 +33,7 @@ def group_norm(
     variance, mean = torch.var_mean(grouped, dim=(1, 3), keepdim=True, correction=0)
     normed = ((grouped - mean) * torch.rsqrt(variance + eps)).view(b, n, c)
     normed = normed * weight.float() + bias.float()
-    normed = (F.silu(normed) if silu else normed).to(x.dtype)
-    if pad_width:
-        images = normed.view(b, n // pad_width, pad_width, c)
-        normed = F.pad(images, (0, 0, 0, 1, 0, 1)).flatten(1, 2)
-    return normed
+    return (F.silu(normed) if silu else normed).to(x.dtype)
 
 
 def layer_norm(
@@ -86,23 +78,3 @@ def interleave_phases(
         row = [phases[:, i : i + h, j : j + w, i, j] for j in (0, 1)]
         rows.append(torch.stack(row, dim=3))  # [B, H, W, 2, C]
     return torch.stack(rows, dim=2).reshape(b, 2 * h, 2 * w, c)
-
-
-def conv3x3(
-    x: Tensor,  # [B, H, W, C]
-    weight: Tensor,  # [F, 3, 3, C]
-    residual: Tensor | None,  # [B, H, W, F]
-) -> Tensor:
-    """3 x 3 convolution with padding 1, plus the residual, [B, H, W, F]."""
-    out = F.conv2d(x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), padding=1)
-    out = out.permute(0, 2, 3, 1)
-    return (out if residual is None else out + residual).contiguous()
-
-
-def conv3x3_padded(
-    x: Tensor,  # [B, H + 1, W + 1, C] with zeros in the last line and column
-    weight: Tensor,  # [F, 3, 3, C]
-    residual: Tensor | None,  # [B, H, W, F]
-) -> Tensor:
-    """conv3x3 of the image without its zeros, [B, H, W, F]."""
-    return conv3x3(x[:, :-1, :-1], weight, residual)

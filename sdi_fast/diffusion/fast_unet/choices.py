@@ -19,7 +19,7 @@ from torch import Tensor
 FLUSH_BYTES = 256 * 2**20  # several times the L2 of an H200
 ROUNDS, CALLS = 4, 3
 MAX_THREADS = 8  # that compile
-KERNELS = 1  # to be raised when a candidate's speed or name changes: older files are ignored
+KERNELS = 2  # to be raised when a candidate's speed or name changes: older files are ignored
 STORED = Path(__file__).with_name("stored")
 
 
@@ -30,7 +30,8 @@ class Choices:
         self.table: dict[Hashable, str] = {}
         self.times_us: dict[Hashable, dict[str, float]] = {}
         self.failures: dict[Hashable, dict[str, str]] = {}
-        self.stored = dict(stored or {})  # str(key) -> candidate, from elsewhere
+        self.stored = dict(stored or {})  # str(key) -> candidate, from elsewhere; until it is met
+        self.recalls = bool(self.stored)  # whether there were any
         self.timer: Timer | None = None
 
     def start(self, device: torch.device) -> None:
@@ -48,6 +49,8 @@ class Choices:
         candidates: Mapping[str, Callable[[], Tensor]],
         warm: Sequence[Tensor] = (),  # inputs that the kernel before has left in the cache
         compiled: Collection[str] = (),  # candidates that may be compiled beside each other
+        *,
+        measure: bool = True,  # False: only recalled, whatever start() has said
     ) -> Tensor:
         """The result of the candidate chosen for `key`; of the first where none is yet.
 
@@ -55,7 +58,7 @@ class Choices:
         """
         if key not in self.table and self.stored:
             self._recall(key, candidates)
-        if self.timer is not None and key not in self.table and len(candidates) > 1:
+        if measure and self.timer is not None and key not in self.table and len(candidates) > 1:
             self._measure(self.timer, key, candidates, warm, compiled)
         return candidates[self.table.get(key, next(iter(candidates)))]()
 

@@ -128,13 +128,15 @@ class Forward:
     def _resnet(self, state: State, r: Resnet, skip: Tensor | None = None) -> None:
         layers = self.layers
         parts = [state.x] if skip is None else [state.x, skip]
-        h = layers.norm_conv(parts, r.norm1, None, r.conv1)
-        residual = None if r.shortcuts else state.x
-        h = layers.norm_conv([h], r.norm2, state.shifts[:, r.time], r.conv2, residual)
-        flat = h.view(-1, h.shape[-1])
-        for part, weight in zip(parts, r.shortcuts, strict=bool(r.shortcuts)):
-            # h is this function's own: the residual is added into it
-            flat.addmm_(part.reshape(-1, part.shape[-1]), weight)
+        h = layers.conv(layers.group_norm(parts, r.norm1), r.conv1)
+        h = layers.conv(layers.group_norm([h], r.norm2, state.shifts[:, r.time]), r.conv2)
+        # h is this function's own: the residual is added into it
+        if r.shortcuts:
+            flat = h.view(-1, h.shape[-1])
+            for part, weight in zip(parts, r.shortcuts, strict=True):
+                flat.addmm_(part.reshape(-1, part.shape[-1]), weight)
+        else:
+            h.add_(state.x)
         state.x = h
 
     def _transformer(self, state: State, t: Transformer, text: Tensor) -> None:

@@ -26,9 +26,9 @@ SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-PADDED_BLOCK = 64  # conv3x3_padded takes channels in blocks of this many
 Candidates = dict[str, Callable[[], Tensor]]
 MEASURED_SDPA = ("cudnn", "flash", "efficient")
+MEASURED_SPLITS = (1, 16, 64)  # of group norms
 
 
 def _key(kind: str, *tensors: Tensor) -> tuple[Any, ...]:
@@ -40,10 +40,13 @@ class Layers:
 
     def __init__(self, options: FastUNetOptions, choices: Choices) -> None:
         self.options, self.choices = options, choices
-        compiled = options.mode == "compile" and options.kernels == "auto"
-        self.backend = "reference" if compiled else options.kernels
-        # without choices among kernels
-        self.plain = options.mode == "compile" or options.kernels == "reference"
+        self.backend = options.kernels
+
+    def _may_choose(self, how: str) -> bool:
+        """Whether an option's value leaves a choice among kernels to be recalled or measured."""
+        if self.backend == "reference":
+            return False
+        return how == "measured" or (how == "auto" and self.choices.recalls)
 
     def group_norm(
         self,
@@ -52,10 +55,8 @@ class Layers:
         shift: Tensor | None = None,  # [B, C], in place of the norm's own
         *,
         silu: bool = True,
-        padded: bool = False,  # with a line and a column of zeros behind, for conv3x3_padded
-    ) -> Tensor:  # [B, H, W, C], or [B, H + 1, W + 1, C]
+    ) -> Tensor:  # [B, H, W, C]
         b, h, w, _ = parts[0].shape
-        shape = (b, h + padded, w + padded, -1)
         run = functools.partial(
             unet_ops.group_norm,
             [part.reshape(b, h * w, -1) for part in parts],
@@ -65,16 +66,17 @@ class Layers:
             n_groups=norm.n_groups,
             eps=norm.eps,
             silu=silu,
-            pad_width=w if padded else 0,
             backend=self.backend,
         )
-        if self.options.norms == "measured" and not self.plain:
-            candidates: Candidates = {"default": run}
-            for splits in (1, 16, 64):
-                candidates[f"{splits} splits"] = functools.partial(run, splits=splits)
-            key = (*_key("group_norm", *parts), silu, padded)
-            return self.choices.pick(key, candidates, parts).view(shape)
-        return run().view(shape)
+        how = self.options.norms
+        if not self._may_choose(how):
+            return run().view(b, h, w, -1)
+        candidates: Candidates = {"default": run}
+        for splits in MEASURED_SPLITS:
+            candidates[f"{splits} splits"] = functools.partial(run, splits=splits)
+        key = (*_key("group_norm", *parts), silu)
+        out = self.choices.pick(key, candidates, parts, measure=how == "measured")
+        return out.view(b, h, w, -1)
 
     def layer_norm(self, x: Tensor, norm: Norm) -> Tensor:  # [M, C]
         return unet_ops.layer_norm(
@@ -91,14 +93,17 @@ class Layers:
             return unet_ops.linear_geglu(x, weight.t(), bias, tile=tile, backend=self.backend)
 
         how = self.options.geglu
-        if how == "separate" or self.plain:
+        if how == "fused" and self.backend != "reference":
+            return fused(unet_ops.linear_geglu_tiles(*x.shape)[0])
+        # the copy engine feeds the fused kernel, which gains nothing without it
+        if not (self._may_choose(how) and unet_ops.has_copy_engine()):
             return separate()
         tiles = unet_ops.linear_geglu_tiles(*x.shape)
-        if how == "fused":
-            return fused(tiles[0])
         compiled = {str(tile): functools.partial(fused, tile) for tile in tiles}
         candidates: Candidates = {"separate": separate, **compiled}
-        return self.choices.pick(_key("geglu", x, weight), candidates, [x], compiled)
+        return self.choices.pick(
+            _key("geglu", x, weight), candidates, [x], compiled, measure=how == "measured"
+        )
 
     def attention(
         self,
@@ -126,48 +131,6 @@ class Layers:
         """[B, H, W, C] to [B, H', W', C'], without bias, by cuDNN."""
         out = F.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=padding)
         return out.permute(0, 2, 3, 1).contiguous()
-
-    def norm_conv(
-        self,
-        parts: Sequence[Tensor],  # [B, H, W, C_i]
-        norm: Norm,
-        shift: Tensor | None,  # [B, C], in place of the norm's own
-        weight: Tensor,  # [F, C, 3, 3] channels_last
-        residual: Tensor | None = None,  # [B, H, W, F]
-    ) -> Tensor:
-        """conv(silu(group_norm)) + residual, [B, H, W, F], by whatever is chosen for the shape."""
-
-        def library() -> Tensor:
-            out = self.conv(self.group_norm(parts, norm, shift), weight)
-            return out if residual is None else out.add_(residual)
-
-        def pointers(tile: Any) -> Tensor:
-            x = self.group_norm(parts, norm, shift)
-            return unet_ops.conv3x3(x, filters, residual, tile=tile, backend=self.backend)
-
-        def padded(tile: Any) -> Tensor:
-            x = self.group_norm(parts, norm, shift, padded=True)
-            return unet_ops.conv3x3_padded(x, filters, residual, tile=tile, backend=self.backend)
-
-        how = self.options.conv
-        f, c = weight.shape[:2]
-        if how == "cudnn" or self.plain or (how == "padded" and c % PADDED_BLOCK):
-            return library()
-        filters = weight.permute(0, 2, 3, 1)
-        b, h, w, _ = parts[0].shape
-        if how == "triton":
-            return pointers(unet_ops.conv3x3_tiles(b * h * w, f, c)[0])
-        tiles = unet_ops.conv3x3_padded_tiles(b, h, w, f, c)
-        if how == "padded":
-            return padded(tiles[0])
-        if tiles and unet_ops.has_copy_engine():
-            compiled = {f"padded {tile}": functools.partial(padded, tile) for tile in tiles}
-        else:
-            tiles = unet_ops.conv3x3_tiles(b * h * w, f, c)
-            compiled = {f"triton {tile}": functools.partial(pointers, tile) for tile in tiles}
-        candidates: Candidates = {"library": library, **compiled}
-        key = (*_key("conv", *parts, weight), residual is not None)
-        return self.choices.pick(key, candidates, parts, compiled)
 
     def resample(self, x: Tensor, sampler: Resample) -> Tensor:
         x = x + sampler.shift  # before the zeros of the padding

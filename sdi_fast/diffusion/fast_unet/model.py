@@ -66,14 +66,7 @@ class FastUNet:
         )
         self.choices = Choices(load_stored(self.device) if self.options.stored else None)
         self.n_calls = 0
-        self._forward: Any = Forward(self.packed, Layers(self.options, self.choices))
-        if self.options.mode == "compile":
-            self._forward = torch.compile(
-                self._forward.__call__,
-                fullgraph=True,
-                dynamic=False,
-                mode=self.options.compile_mode,
-            )
+        self._forward = Forward(self.packed, Layers(self.options, self.choices))
 
     @property
     def device(self) -> torch.device:
@@ -173,7 +166,7 @@ class FastUNet:
         cache: TextCache,
     ) -> None:
         """Makes the choices by measurement for these shapes and compiles what needs compiling."""
-        if x.is_cuda and self.options.mode == "eager":
+        if x.is_cuda:
             self.choices.start(x.device)
         try:
             self.predict_prepared(x, t, cache)

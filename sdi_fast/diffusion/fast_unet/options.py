@@ -7,11 +7,9 @@ from dataclasses import dataclass, fields
 from ...types import SDIFastError
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "mode": ("eager", "compile"),
     "kernels": ("auto", "triton", "reference"),
     "attention": ("measured", "default", "flash", "cudnn", "efficient", "math"),
-    "conv": ("cudnn", "measured", "triton", "padded"),
-    "geglu": ("separate", "measured", "fused"),
+    "geglu": ("auto", "measured", "separate", "fused"),
     "norms": ("auto", "measured"),
     "upsample": ("phase", "nearest", "measured"),
 }
@@ -21,15 +19,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
 class FastUNetOptions:
     """How the fast UNet computes.
 
-    "measured" times some candidates per shape in `warm_up`, where no choice for the GPU is stored.
+    "auto" measures nothing: of `geglu` and `norms` it takes the choice stored for the shape on such
+    a GPU, where there is one and it runs, and else the safe default ("separate"; launches by the
+    image's size). "measured" times some candidates per shape in `warm_up` where none is stored.
     """
 
-    mode: str = "eager"  # "compile": torch.compile; leave CUDA graphs to CapturedUNet
-    compile_mode: str | None = None  # torch.compile's mode
-    kernels: str = "auto"  # norms, GEGLU and interleaving; in compile mode "auto" is "reference"
+    kernels: str = "auto"  # norms, GEGLU and interleaving
     attention: str = "measured"  # backend of scaled_dot_product_attention
-    conv: str = "cudnn"  # the resnets' convolutions; "padded": Hopper's copy engine
-    geglu: str = "separate"  # after the matrix product, or inside of it
+    geglu: str = "auto"  # after the matrix product ("separate"), or inside of it ("fused")
     norms: str = "auto"  # one launch a group norm or two, and the shares of two
     upsample: str = "phase"  # 4 convolutions of 2 x 2 taps in place of 9 taps on the large image
     stored: bool = True  # begin with the choices that were measured on such a GPU
@@ -46,8 +43,3 @@ class FastUNetOptions:
             value = getattr(self, field.name)
             if allowed is not None and value not in allowed:
                 raise SDIFastError(f"{field.name}: expected {', '.join(allowed)}, got {value!r}")
-        if self.mode == "compile" and self.kernels == "triton":
-            raise SDIFastError(
-                'kernels: expected "auto" or "reference" with mode = "compile", whose compiler '
-                'fuses on its own, got "triton"'
-            )
