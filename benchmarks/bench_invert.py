@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import tyro
 from harness import Timing, captured, compare, report
-from sd21 import TFLOP_A_SAMPLE, make_unet
+from sd21 import TFLOP_A_SAMPLE, make_unet, sd_schedule
 from torch import Tensor
 
 from sdi_fast.config import SPEEDS, GuidanceConfig
@@ -56,11 +56,6 @@ class Args:
     only: tuple[str, ...] = CANDIDATES  # "eager" is always there
     steps: bool = True  # the guided step alone
     name: str = "invert"  # of the file of results
-
-
-def sd_schedule() -> DDIMSchedule:
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    return DDIMSchedule(torch.cumprod(1.0 - betas, dim=0).cuda())
 
 
 class Case:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import tyro
 from harness import compare, report
+from sd21 import make_vae
 from torch import Tensor, nn
 
 from sdi_fast.diffusion.encoder_graph import EncoderGraph
@@ -44,27 +45,6 @@ class Args:
     only: tuple[str, ...] = CANDIDATES  # "diffusers" is always there
     profile: bool = True  # ours, by kernel
     name: str = "vae"  # of the file of results
-
-
-def make_vae(device: str) -> Any:
-    """SD 2.1's with random weights, f32."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=4,
-            sample_size=768,
-        )
-    for module in vae.modules():
-        if isinstance(module, nn.GroupNorm):
-            nn.init.normal_(module.weight, 1.0, 0.1)
-            nn.init.normal_(module.bias, 0.0, 0.1)
-    return vae.eval().requires_grad_(False)
 
 
 class Encode(nn.Module):

@@ -11,10 +11,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdi_fast.ops import _native
+from sdi_fast.bench.machine import machine, output_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,33 +44,16 @@ class Timing:
 
 
 def conditions() -> dict[str, Any]:
-    """What a number has to stand beside: processor, versions, threads, commit."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    native = _native.build_info()
-    if native.get("openmp_runtime"):  # which one, not where this machine keeps it
-        native["openmp_runtime"] = Path(native["openmp_runtime"]).name
+    """What a number has to stand beside: processor, versions, threads, commit.
+
+    Where SDI_FAST_COMMIT is set, that is the commit: a copy may lie in some other repository.
+    """
     return {
-        "cpu": _cpu_name(),
-        "gpu": gpu,
-        "driver": _driver() if gpu else "",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "",
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "native": native,
-        "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get("SDI_FAST_COMMIT", ""),
+        **machine(),
+        "commit": os.environ.get("SDI_FAST_COMMIT") or _git("rev-parse", "--short", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def gpu_slug() -> str:
@@ -82,22 +63,7 @@ def gpu_slug() -> str:
 
 
 def _git(*args: str) -> str:  # "" for a copy without its repository
-    return _output("git", *args)
-
-
-def _driver() -> str:
-    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
-
-
-def _output(*command: str) -> str:
-    """What `command` prints; nothing where it fails."""
-    try:
-        run = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return run.stdout.strip()
+    return output_of("git", *args, cwd=ROOT)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

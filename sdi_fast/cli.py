@@ -1,4 +1,4 @@
-"""The command line: sdi-fast generate, batch, export, doctor.
+"""The command line: sdi-fast generate, batch, export, bench, doctor.
 
 Exit codes: 0 done, 1 failed, 2 bad input (one line on stderr), 130 and 143 stopped by a signal.
 torch is imported only when a command runs, so that --help and --version are quick.
@@ -132,10 +132,36 @@ class Doctor:
         return run_doctor(console, as_json=self.json)
 
 
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure how long a step takes on this device, beside stored results of others.
+
+    On a GPU with Stable Diffusion 2.1's size and random weights, elsewhere with the bundled model.
+    """
+
+    speed: Literal["exact", "balanced", "turbo"] = "exact"
+    """What generate's --speed would be."""
+    quick: bool = False
+    """Few rounds; without a GPU also a tiny scene, which says little."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    json: Annotated[bool, PLAIN] = False
+    """Print JSON instead of a table."""
+
+    def run(self, console: Console) -> int:
+        """Runs it; the exit code."""
+        from .bench.command import run_bench
+
+        return run_bench(
+            console, speed=self.speed, quick=self.quick, as_json=self.json, device=self.device
+        )
+
+
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate", prefix_name=False)]
     | Annotated[BatchCommand, tyro.conf.subcommand("batch", prefix_name=False)]
     | Annotated[Export, tyro.conf.subcommand("export", prefix_name=False)]
+    | Annotated[Bench, tyro.conf.subcommand("bench", prefix_name=False)]
     | Annotated[Doctor, tyro.conf.subcommand("doctor", prefix_name=False)]
 )
 

@@ -142,6 +142,8 @@ def test_wheel_holds_all_that_runs(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert [n for n in names if re.match(r"sdi_fast/_C\..*(so|pyd)$", n)]
     assert "sdi_fast/toyworld/weights/unet/config.json" in names
+    stored = [p.name for p in (ROOT / "benchmarks/results").glob("step_*.json")]
+    assert {f"sdi_fast/bench/stored/{name}" for name in stored} <= set(names)
     assert {n.split("/")[0].split("-")[0] for n in names} == {"sdi_fast"}
     packages = {p.parent.relative_to(ROOT).as_posix() for p in (ROOT / "sdi_fast").rglob("*.py")}
     assert packages <= {str(Path(n).parent.as_posix()) for n in names}
