@@ -93,7 +93,7 @@ class NerfaccPeer:
         """Per-ray sums as sdi_fast.ops.render_views gives them; counts[1] is the sampler's."""
         if active_levels != spec.grid.n_levels:
             raise ValueError(f"active_levels: expected {spec.grid.n_levels}, got {active_levels}")
-        origins, directions = generate_rays(camera.c2w, camera.fovy, camera.height, camera.width)
+        origins, directions = self.rays(camera)
         table = self.grid.prepare(params.table)
         tried = 0
 
@@ -101,7 +101,7 @@ class NerfaccPeer:
             nonlocal tried
             tried = len(ray)
             x = _middles(origins, directions, ray, t_starts, t_ends)
-            return self._density(x, self._encode(x, table), params)
+            return self._density(x, self.encode(x, table), params)
 
         estimator = self._estimator(occupancy, alpha_bound)
         with torch.no_grad():
@@ -121,6 +121,10 @@ class NerfaccPeer:
         rgb = shade(albedo, normal, x.detach(), camera.light_positions, view, shading)
         return self._composite(density, rgb, normal, ray, t_starts, t_ends, directions, tried)
 
+    def rays(self, camera: Camera) -> tuple[Tensor, Tensor]:  # [R, 3] each
+        """Origins and directions of all pixels."""
+        return generate_rays(camera.c2w, camera.fovy, camera.height, camera.width)
+
     def _estimator(self, occupancy: Tensor, alpha_bound: Tensor | None) -> Any:
         """nerfacc's grid with these cells; the mean of `occs` bounds its alpha threshold."""
         if self.estimator is None:
@@ -130,7 +134,7 @@ class NerfaccPeer:
         self.estimator.binaries, self.estimator.occs = occupancy[None], bound.reshape(1)
         return self.estimator
 
-    def _encode(self, x: Tensor, table: Any) -> Tensor:  # [N, 3] scene units -> [N, L * F]
+    def encode(self, x: Tensor, table: Any) -> Tensor:  # [N, 3] scene units -> [N, L * F]
         unit = (x + self.spec.radius) / (2.0 * self.spec.radius)
         return self.grid.encode(unit, table)
 
@@ -144,7 +148,7 @@ class NerfaccPeer:
         """Density [N], albedo [N, 3], normal [N, 3]."""
         with torch.enable_grad():
             x = x.requires_grad_()
-            features = self._encode(x, table)
+            features = self.encode(x, table)
             density = self._density(x, features, params)
             with self.grid.for_positions():
                 (gradient,) = torch.autograd.grad(
