@@ -133,7 +133,6 @@ class BaselineStep:
         self.notes: list[str] = []
         self.peer = self._make_peer()
         self.global_step = 0
-        self.jitter = True
         self.updates_occupancy = True
         self.log: list[dict[str, float]] = []
 
@@ -233,7 +232,7 @@ class BaselineStep:
             draw, levels = self.peer.render_views, grid.n_levels
         step_size = render.step_size(field.spec.radius)
         jitter = None
-        if self.jitter:
+        if self.config.render.randomized:
             u = torch.rand(len(rays[0]), generator=self.generator, device=self.device)
             jitter = u * step_size
         return draw(

@@ -19,9 +19,10 @@ from sdi_fast.bench.workload import all_levels, frozen, still
 from sdi_fast.config import Config
 
 N_WARM_UP = 4  # steps of ours at each t: compilation, choices of kernels, captures
-N_IDLE = {"exact": 200, "turbo": 200, "baseline": 20}
+N_IDLE = {"exact": 200, "turbo": 200}
 IDLE_WINDOW, TRACE_STEPS = 25, 3
-N_REAL = {"baseline": 16}  # others: 64
+N_REAL = {"baseline": 8}  # others: 64
+BASE_ROUNDS, BASE_PATH = 4, 10
 SCALING_T = 615
 RESOLUTIONS, VIEWS, RAY_SAMPLES = (64, 128, 256, 512, 1024), (1, 2, 4), (128, 256, 512, 1024, 2048)
 
@@ -47,6 +48,9 @@ def steps(bench: Any) -> dict[str, Any]:
 
 def _steps_of(bench: Any, name: str) -> dict[str, Any]:
     is_base, rounds = name == "baseline", bench.args.rounds
+    path = bench.workload.annealing()
+    if is_base:  # it takes a second a step
+        rounds, path = min(rounds, BASE_ROUNDS), path[:: max(len(path) // BASE_PATH, 1)]
     built = bench.built(name)
     built.memory.forget_peak()
     begin = time.perf_counter()
@@ -62,7 +66,7 @@ def _steps_of(bench: Any, name: str) -> dict[str, Any]:
     timings.append(
         time_annealing(
             step,
-            bench.workload.annealing(),
+            path,
             bench.device,
             rounds=1 if is_base else min(rounds, 3),
             warmup=not is_base and bench.device.type == "cuda",
@@ -159,8 +163,7 @@ def _idle_of(bench: Any, name: str) -> dict[str, Any]:
     n = min(N_IDLE[name], 6) if bench.args.quick else N_IDLE[name]
     path = [round(980 + (250 - 980) * i / (n - 1)) for i in range(n)]
     step = stepper(engine)
-    if name != "baseline":
-        timed([lambda t=t: step(t) for t in path[:: max(n // 40, 1)]], bench.device)
+    timed([lambda t=t: step(t) for t in path[:: max(n // 40, 1)]], bench.device)
     plain, _ = timed([lambda t=t: step(t) for t in path], bench.device)
     found, kernels = idle_share(step, path, IDLE_WINDOW, TRACE_STEPS)
     found["wall_ms_unprofiled"] = plain / n * 1e3

@@ -80,6 +80,7 @@ class RenderConfig:
     """Marching, pruning, shading, occupancy (methods.md D, Marching and Shading)."""
 
     n_samples_per_ray: int = 512  # sets the step size: 1.732 * 2 * radius / n
+    randomized: bool = True  # training: each ray's samples are shifted by a part of a step
     near: float = 0.0  # scene units
     early_stop_eps: float = 1e-4  # transmittance below which a ray ends
     alpha_threshold: float = 0.01

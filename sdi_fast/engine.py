@@ -172,7 +172,7 @@ class Engine:
 
     # ---- one step -------------------------------------------------------------------------
 
-    def step(self, *, t: int | None = None, delta: int | None = None) -> StepMetrics:
+    def step(self, t: int | None = None, delta: int | None = None) -> StepMetrics:
         """One optimisation step (methods.md C and D).
 
         On a GPU it is queued, and the metrics' numbers wait for it when they are read; the host
@@ -216,8 +216,9 @@ class Engine:
         shading = choose_shading(step, config.render, self.generator)
         buffers.load(camera, loss_weights(config.loss, step))
         draws: dict[str, Any] = {"generator": self.noise, "device": self.noise.device}
-        jitter = torch.rand(buffers.jitter.shape, **draws)
-        buffers.jitter.copy_(jitter * self.renderer.step_size)
+        if config.render.randomized:
+            jitter = torch.rand(buffers.jitter.shape, **draws)
+            buffers.jitter.copy_(jitter * self.renderer.step_size)
         if config.guidance.sample_posterior:
             buffers.posterior.copy_(torch.randn(buffers.posterior.shape, **draws))
         return shading

@@ -110,6 +110,7 @@ def still(config: Config) -> Config:
 
 
 def without_noise(config: Config) -> Config:
-    """Nothing drawn in the guidance, so that two implementations compute the same."""
+    """Nothing drawn in guidance and rendering, so that two implementations compute the same."""
     guidance = dataclasses.replace(config.guidance, inversion_eta=0.0, sample_posterior=False)
-    return dataclasses.replace(config, guidance=guidance)
+    render = dataclasses.replace(config.render, randomized=False)
+    return dataclasses.replace(config, guidance=guidance, render=render)
