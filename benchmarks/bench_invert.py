@@ -2,10 +2,10 @@
 
     python benchmarks/bench_invert.py [--quick] [--t 980 615 250] [--only static ...]
 
-Random weights; 64 x 64 latents; Perp-Neg, so that a call is a batch of 4. At t = 980, 615 and 250 a
-target takes 12, 9 and 5 calls. Every candidate's target is compared with f32 before it is timed.
-"calls" is a target's time in calls of the same UNet, captured alone: what is above "work", the UNet
-calls' worth that it computes, is overhead. The approximate candidates (balanced, turbo:
+Random weights; 64 x 64 latents; Perp-Neg, so that a call is a batch of 4. At t = 980, 615 and 250
+an exact target takes 12, 9 and 5 calls. Every candidate's target is compared with f32 before it is
+timed. "calls" is a target's time in calls of the same UNet, captured alone: what is above "work",
+the UNet calls' worth that it computes, is overhead. The approximate candidates (balanced, turbo:
 config.SPEEDS, on the fast UNet) compute less; their error is told and not bounded. The guided step
 alone is timed for both of its GPU backends.
 """
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from sdi_fast.config import SPEEDS, GuidanceConfig
 from sdi_fast.diffusion.denoiser import Denoiser, make_denoiser
+from sdi_fast.diffusion.invert import n_unet_calls
 from sdi_fast.diffusion.modules import cudnn_benchmark
 from sdi_fast.diffusion.prompt import Condition
 from sdi_fast.diffusion.schedule import DDIMSchedule
@@ -73,12 +74,13 @@ class Case:
         self.z = 0.8 * normal(batch, 4, 64, 64)
         weights = torch.tensor([[-0.7, -1.6]]).repeat(batch, 1).cuda()
         self.condition = Condition(normal(4, batch, 77, 1024), weights)
-        self.n_calls = schedule.n_unet_calls(t, config.inversion_n_steps)
+        self.n_calls = n_unet_calls(schedule, t, config)
         self.noise = normal(self.n_calls - 1, batch, 4, 64, 64)
 
     def target(self, sdi: SDI) -> Tensor:
+        noise = self.noise[: n_unet_calls(sdi.model.schedule, int(self.t[0]), sdi.config) - 1]
         return sdi.target(
-            self.z, self.condition, self.t, None, delta=self.delta, eta_noise=self.noise
+            self.z, self.condition, self.t, None, delta=self.delta, eta_noise=noise
         ).target
 
 
@@ -187,8 +189,9 @@ def measure(args: Args, models: Models, t: int, sdis: dict[str, SDI]) -> dict[st
     for timing in timings:
         fact = facts[timing.name]
         call_ms = one_call_ms(sdis[timing.name].model.denoiser, case)
-        shortcuts = sdis[timing.name].config.shortcuts
-        work = target_work(plan_calls(case.n_calls - 1, 4, shortcuts))
+        config = sdis[timing.name].config
+        n_calls = n_unet_calls(models.schedule, t, config)
+        work = target_work(plan_calls(n_calls - 1, 4, config.shortcuts))
         tflop = TFLOP_A_SAMPLE * 4 * args.batch * work
         fact |= {
             "work": work,
@@ -197,7 +200,7 @@ def measure(args: Args, models: Models, t: int, sdis: dict[str, SDI]) -> dict[st
             "calls": timing.median_ms / call_ms,
             "tflops": tflop / timing.median_ms * 1e3,
         }
-        print(f"  t = {t}, {case.n_calls} calls, {timing.name}: {fact}")
+        print(f"  t = {t}, {n_calls} calls, {timing.name}: {fact}")
     rounded = {n: {k: float(f"{v:.4g}") for k, v in f.items()} for n, f in facts.items()}
     return {"n_calls": case.n_calls, "candidates": rounded, "timings": timings}
 

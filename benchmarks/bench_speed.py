@@ -4,7 +4,7 @@
     python benchmarks/bench_speed.py --runs DIR --modes exact balanced turbo --seeds 0 1
 
 Ground truth views of the ten evaluation prompts are encoded (the posterior's mode) and inverted to
-t; delta = 0. For every mode, two coarser grids beside them, and every t:
+t; delta = 0. For every mode, three coarser grids beside them, and every t:
 
     residual   s(t)^2 mean((e - kappa)^2), eq. 8 in x0 units (methods.md F), e under the guidance of
                the prediction: the squared distance of the target from z
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from sdi_fast.config import SPEEDS, GuidanceConfig, Shortcuts, toyworld_config
 from sdi_fast.diffusion.guide import cfg_convention, guided_output
+from sdi_fast.diffusion.invert import n_unet_calls
 from sdi_fast.diffusion.pipeline import Pipeline, load_pipeline
 from sdi_fast.diffusion.prompt import Condition
 from sdi_fast.diffusion.shortcuts import plan_calls, target_work
@@ -41,13 +42,15 @@ from sdi_fast.toyworld.renderer import render_scene
 from sdi_fast.toyworld.scenes import parse_caption
 
 RESULTS = Path(__file__).parent / "results"
-FEWER = {"7 steps": 7, "5 steps": 5}  # the other way to save: exact on a coarser grid
+FEWER = {f"{n} steps": n for n in (7, 5, 3)}  # the other way to save: exact on a coarser grid
 MODES: dict[str, Shortcuts] = {
     "exact": Shortcuts(),
-    "deep 2": Shortcuts(deep_cache=2),
     "deep 3": Shortcuts(deep_cache=3),
-    "negatives 2": Shortcuts(reuse_negatives=2),
     "negatives 3": Shortcuts(reuse_negatives=3),
+    "deep 3, negatives 3": Shortcuts(deep_cache=3, reuse_negatives=3),
+    "merged": Shortcuts(merge_negatives=True),
+    "even 4": Shortcuts(even_steps=4),
+    "turbo, deep 3": dataclasses.replace(SPEEDS["turbo"], deep_cache=3),
     **{name: shortcuts for name, shortcuts in SPEEDS.items() if name != "exact"},
     **{name: Shortcuts() for name in FEWER},
 }
@@ -113,7 +116,7 @@ def residuals(args: Args) -> list[dict[str, Any]]:
         guidance = guidance_of(args, mode)
         sdi = SDI(pipeline, guidance)
         for t in args.t:
-            n_steps = schedule.n_unet_calls(t, guidance.inversion_n_steps) - 1
+            n_steps = n_unet_calls(schedule, t, guidance) - 1
             levels, zero = torch.full((batch,), t), torch.zeros(batch, dtype=torch.long)
             noise = torch.randn(
                 n_steps, *z.shape, generator=torch.Generator().manual_seed(t)

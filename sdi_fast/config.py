@@ -107,19 +107,22 @@ class Shortcuts:
 
     deep_cache: int = 0  # the UNet's deep part runs every so many steps, and is reused between
     reuse_negatives: int = 0  # so do Perp-Neg's negatives; their difference to the positive is kept
+    merge_negatives: bool = False  # one negative, of their texts' weighted mean, for the two
+    even_steps: int = 0  # so many equal steps at most; 0: the grid's
 
     @property
     def exact(self) -> bool:
-        return max(self.deep_cache, self.reuse_negatives) <= 1
+        reuses = max(self.deep_cache, self.reuse_negatives) > 1
+        return not (reuses or self.merge_negatives or self.even_steps)
 
 
 # What `GuidanceConfig.speed` stands for. UNet work of a target with Perp-Neg at t = 980, 615 and
-# 250, counted on SD 2.1 (target_work): exact 12, 9, 5 calls; balanced 8.5, 6.5, 4.0; turbo 6.4,
-# 5.0, 3.4. Not measured yet: neither the time nor what is lost on Stable Diffusion.
+# 250, counted on SD 2.1 (target_work): exact 12, 9, 5 calls; balanced 7.5, 5.3, 3.0; turbo 3.0,
+# 2.5, 2.0. What is lost on Stable Diffusion is not measured yet.
 SPEEDS: dict[str, Shortcuts] = {
     "exact": Shortcuts(),
-    "balanced": Shortcuts(reuse_negatives=3),
-    "turbo": Shortcuts(deep_cache=3, reuse_negatives=3),
+    "balanced": Shortcuts(merge_negatives=True, even_steps=9),
+    "turbo": Shortcuts(reuse_negatives=1000, merge_negatives=True, even_steps=4),
 }
 
 
@@ -140,13 +143,14 @@ class GuidanceConfig:
     negative_prompt: str = ""
     sample_posterior: bool = True  # encode with a draw from the posterior, not with its mode
     # SDI's target from fixed buffers, on a GPU as CUDA graphs; its noise then comes from a stream
-    # of its own, so that a run is another one than without. None: on a GPU
+    # of its own, so that a run is another one than without. None: on a GPU, and where needed
     static: bool | None = None
-    # "balanced" and "turbo" approximate the inversion (SPEEDS; not measured yet). They need
-    # `static`, and "turbo" the fast denoiser. There is no fp8 mode.
+    # "balanced" and "turbo" approximate the inversion (SPEEDS). There is no fp8 mode.
     speed: Literal["exact", "balanced", "turbo"] = "exact"
     deep_cache: int | None = None  # see Shortcuts; None: as `speed` says
-    reuse_negatives: int | None = None  # likewise
+    reuse_negatives: int | None = None  # likewise, and so on
+    merge_negatives: bool | None = None
+    even_steps: int | None = None
 
     @property
     def shortcuts(self) -> Shortcuts:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .config import Config, config_to_dict, schedule_value
+from .config import Config, Shortcuts, config_to_dict, schedule_value
 from .constants import MAX_PROMPT_CHARS
 from .types import SDIFastError
 
@@ -63,6 +63,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "guidance.t_range": (0, 1),
     "guidance.deep_cache": (0, 3),
     "guidance.reuse_negatives": (0, 1000),
+    "guidance.even_steps": (0, 1000),
     "optim.lr_field": (0, _INF),
     "optim.lr_background": (0, _INF),
     "optim.betas": (0, 1 - 1e-9),
@@ -213,11 +214,12 @@ def _check_guidance(config: Config) -> None:
         raise SDIFastError(
             'guidance.static: expected false with guidance.method "sds", which inverts nothing'
         )
-    for name in ("deep_cache", "reuse_negatives"):
-        if getattr(shortcuts, name) <= 1:
+    for field in dataclasses.fields(shortcuts):
+        name = field.name
+        if Shortcuts(**{name: getattr(shortcuts, name)}).exact:
             continue
         key = "guidance.speed" if getattr(guidance, name) is None else f"guidance.{name}"
-        value = guidance.speed if key == "guidance.speed" else getattr(guidance, name)
+        value = guidance.speed if key == "guidance.speed" else str(getattr(guidance, name)).lower()
         if guidance.static is False:
             raise SDIFastError(f"{key}: {value} needs guidance.static true, got false")
         if name == "deep_cache" and config.model.denoiser == "diffusers":

@@ -16,7 +16,7 @@ from small_runs import SMALL
 from tiny_sd import make_tiny_sd
 
 from sdi_fast.api import base_config, generate
-from sdi_fast.config import Config, GuidanceConfig, ModelConfig, toyworld_config
+from sdi_fast.config import SPEEDS, Config, GuidanceConfig, ModelConfig, toyworld_config
 from sdi_fast.config_io import config_from_dict, parse_assignment
 from sdi_fast.diffusion.denoiser import Denoiser, choose_denoiser
 from sdi_fast.diffusion.fast_unet import FastUNet
@@ -123,10 +123,9 @@ def test_a_static_run_resumed_equals_an_unbroken_one(
     config = config_from_dict({"guidance": {"speed": speed}}, config)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     result = generate(config, out=whole, steps=6)
-    n = 3 if speed == "turbo" else 0
     assert result.metrics["ran"] == {
         "denoiser": "fast", "encoder": "fast", "renderer": "ops", "graphs": False, "static": True,
-        "deep_cache": n, "reuse_negatives": n,
+        **dataclasses.asdict(SPEEDS[speed]),
     }  # fmt: skip
     assert json.loads((whole / "metrics.json").read_text())["ran"]["denoiser"] == "fast"
     assert not generate(config, out=broken, steps=6, callbacks=[stop_after(3)]).completed

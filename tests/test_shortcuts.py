@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,12 +19,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdi_fast import cli
-from sdi_fast.config import Config, GuidanceConfig, ModelConfig, Shortcuts, toyworld_config
+from sdi_fast.config import (
+    SPEEDS,
+    Config,
+    GuidanceConfig,
+    ModelConfig,
+    Shortcuts,
+    toyworld_config,
+)
 from sdi_fast.config_io import config_from_dict
 from sdi_fast.diffusion.denoiser import Denoiser
 from sdi_fast.diffusion.fast_unet import FastUNet, FastUNetOptions
 from sdi_fast.diffusion.fast_unet.packing import pack
 from sdi_fast.diffusion.fast_unet.work import call_flops
+from sdi_fast.diffusion.guide import combine
+from sdi_fast.diffusion.invert import n_unet_calls
 from sdi_fast.diffusion.invert_graph import InversionGraphs
 from sdi_fast.diffusion.pipeline import Pipeline, load_pipeline
 from sdi_fast.diffusion.prompt import Condition
@@ -34,18 +45,17 @@ from sdi_fast.toyworld.renderer import render_scene
 from sdi_fast.toyworld.scenes import parse_caption
 from sdi_fast.types import SDIFastError
 
-SETTINGS = [Shortcuts(a, b) for a in (0, 1, 2, 3) for b in (0, 1, 2, 3)]
+SETTINGS = [Shortcuts(a, b, c) for a in (0, 1, 2, 3) for b in (0, 1, 2, 3) for c in (False, True)]
+MERGED = Shortcuts(merge_negatives=True)
 
 
 # ---- which calls ----------------------------------------------------------------------------
 
 
 def shown(calls: tuple[Call, ...]) -> str:
-    """F, f: full with 4, 2 conditions; S, s: shallow."""
-    return "".join(
-        {(True, 4): "F", (True, 2): "f", (False, 4): "S", (False, 2): "s"}[c.full, c.n_conditions]
-        for c in calls
-    )
+    """F, f: full with 4, 2 conditions; S, s: shallow; M, m: with 3."""
+    letters = {4: "SF", 3: "mM", 2: "sf"}
+    return "".join(letters[c.n_conditions][c.full] for c in calls)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +71,9 @@ def shown(calls: tuple[Call, ...]) -> str:
         (Shortcuts(3, 3), "FssFssFF"),
         # step 4 needs the negatives' deep feature, which step 3 left out: it computes all anew
         (Shortcuts(3, 2), "FsSfFsSF"),
+        (MERGED, "MMMMMMMM"),
+        (Shortcuts(0, 100, True), "MffffffM"),
+        (Shortcuts(3, 2, True), "MsmfMsmM"),
     ],
 )
 def test_which_calls_are_full(shortcuts: Shortcuts, expected: str) -> None:
@@ -72,7 +85,8 @@ def test_a_plan_begins_and_ends_in_full_and_knows_no_length(shortcuts: Shortcuts
     longest = plan_calls(12, 4, shortcuts)
     for n in range(1, 12):
         calls = plan_calls(n, 4, shortcuts)
-        assert calls[:-1] == longest[:n] and calls[0] == calls[-1] == Call(True, 4)
+        k = 3 if shortcuts.merge_negatives else 4
+        assert calls[:-1] == longest[:n] and calls[0] == calls[-1] == Call(True, k)
     assert all(call.n_conditions == 2 for call in plan_calls(9, 2, shortcuts)), "no negatives"
 
 
@@ -80,27 +94,37 @@ def test_a_plan_begins_and_ends_in_full_and_knows_no_length(shortcuts: Shortcuts
 
 
 def test_work_is_counted_in_full_calls() -> None:
-    costs = {Call(True, 4): 10.0, Call(True, 2): 6.0, Call(False, 4): 4.0, Call(False, 2): 3.0}
-    assert target_work(plan_calls(7, 4, Shortcuts()), costs) == 8.0
-    assert target_work(plan_calls(7, 4, Shortcuts(3, 2)), costs) == pytest.approx(
+    costs = {Call(True, 4): 10.0, Call(True, 3): 8.0, Call(True, 2): 6.0, Call(False, 4): 4.0}
+    costs[Call(False, 2)] = 3.0
+    assert target_work(plan_calls(7, 4, Shortcuts()), 4, costs) == 8.0
+    assert target_work(plan_calls(7, 4, Shortcuts(3, 2)), 4, costs) == pytest.approx(
         (10 + 3 + 4 + 6 + 10 + 3 + 4 + 10) / 10
     )
-    assert target_work(plan_calls(7, 2, Shortcuts(2, 0)), costs) == pytest.approx(
+    assert target_work(plan_calls(7, 2, Shortcuts(2, 0)), 2, costs) == pytest.approx(
         (4 * 6 + 3 * 3 + 6) / 6
+    )
+    assert target_work(plan_calls(3, 4, Shortcuts(0, 9, True)), 4, costs) == pytest.approx(
+        (8 + 6 + 6 + 8) / 10
     )
 
 
 def test_the_presets_do_what_the_config_says() -> None:
     schedule = model_of(wavy_eps).schedule
 
-    def work(speed: Any) -> list[float]:
+    def work(speed: Any, levels: Sequence[int]) -> list[float]:
         config = GuidanceConfig(speed=speed)
-        n_calls = [schedule.n_unet_calls(t, config.inversion_n_steps) for t in (980, 615, 250)]
-        return [round(target_work(plan_calls(n - 1, 4, config.shortcuts)), 1) for n in n_calls]
+        n_calls = [n_unet_calls(schedule, t, config) for t in levels]
+        return [target_work(plan_calls(n - 1, 4, config.shortcuts)) for n in n_calls]
 
-    assert work("exact") == [12, 9, 5]
-    assert work("balanced") == [8.5, 6.5, 4.0]
-    assert work("turbo") == [6.4, 5.0, 3.4]
+    def rounded(speed: Any) -> list[float]:
+        return [round(x, 1) for x in work(speed, (980, 615, 250))]
+
+    assert rounded("exact") == [12, 9, 5]
+    assert rounded("balanced") == [7.5, 5.3, 3.0]
+    assert rounded("turbo") == [3.0, 2.5, 2.0]
+    annealing = range(250, 981)
+    means = [sum(work(s, annealing)) / len(annealing) for s in ("exact", "balanced", "turbo")]
+    assert means == pytest.approx([8.63, 5.59, 2.68], abs=0.01)
 
 
 def test_the_count_is_that_of_torch() -> None:
@@ -179,7 +203,7 @@ def target_of(
 ) -> Any:
     zero = torch.zeros(len(t), dtype=torch.long)
     noise = normal(11, *z.shape[1:], dtype=z.dtype)  # of each step, the same for all samples
-    n = max(pipeline.schedule.n_unet_calls(i, config.inversion_n_steps) for i in t) - 1
+    n = max(n_unet_calls(pipeline.schedule, i, config) for i in t) - 1
     noise = noise[:n, None].expand(n, *z.shape)
     return SDI(pipeline, config).target(
         z, condition, torch.tensor(t), None, delta=zero, eta_noise=noise
@@ -203,7 +227,8 @@ def test_what_is_lost_on_the_bundled_model(toyworld: Pipeline) -> None:
     exact, expected = residuals(Shortcuts())
     same, _ = residuals(Shortcuts(1, 1))
     assert torch.equal(same.target, exact.target)
-    for shortcuts in (Shortcuts(2, 0), Shortcuts(0, 2), Shortcuts(3, 3)):
+    presets = [SPEEDS[name] for name in ("balanced", "turbo")]
+    for shortcuts in (Shortcuts(2, 0), Shortcuts(0, 2), Shortcuts(3, 3), MERGED, *presets):
         out, residual = residuals(shortcuts)
         off = (out.target - exact.target).flatten(1).norm(dim=1)
         off = off / (exact.target - z).flatten(1).norm(dim=1)
@@ -211,7 +236,7 @@ def test_what_is_lost_on_the_bundled_model(toyworld: Pipeline) -> None:
         assert (residual < FACTOR * expected).all(), (shortcuts, residual / expected)
 
 
-@pytest.mark.parametrize("shortcuts", [Shortcuts(2, 0), Shortcuts(3, 2)], ids=str)
+@pytest.mark.parametrize("shortcuts", [Shortcuts(2, 0), Shortcuts(3, 2), SPEEDS["turbo"]], ids=str)
 def test_a_sample_does_not_depend_on_its_batch(toyworld: Pipeline, shortcuts: Shortcuts) -> None:
     """Those with fewer steps wait for the others, and end as if they were alone."""
     t = [250, 980, 401]
@@ -262,13 +287,68 @@ def test_negatives_that_do_not_change_may_be_reused() -> None:
         assert (relative_error(*results) < 1e-12) is same
 
 
+def test_negatives_whose_output_is_linear_in_the_text_may_be_merged() -> None:
+    """c enters linearly: nothing is lost; in wavy_eps it does not. Also where none has a weight."""
+
+    def linear(x: Tensor, a: Tensor, c: Tensor) -> Tensor:
+        pattern = torch.linspace(-1, 1, x[0].numel(), dtype=x.dtype).view(x[0].shape)
+        return 0.3 * torch.sin(x) + c * pattern
+
+    z, condition, t = normal(2, 4, 6, 6), condition_of(2, True), [980, 250]
+    assert condition.neg_weights is not None
+    overhead = torch.tensor([[0.0], [1.0]]).double()
+    condition = Condition(condition.embeddings, overhead * condition.neg_weights)
+    for eps, same in ((linear, True), (wavy_eps, False)):
+        model = model_of(eps)
+        results = [
+            target_of(model, GuidanceConfig(static=True, merge_negatives=m), z, condition, t)
+            for m in (False, True)
+        ]
+        assert [len(x) for x, _ in model.denoiser.calls[-12:]] == [6] * 12
+        exact, merged = (out.target for out in results)
+        assert torch.equal(merged[:1], exact[:1]) or relative_error(merged[:1], exact[:1]) < 1e-12
+        assert (relative_error(merged, exact) < 1e-12) is same
+
+
+def test_even_steps_are_extrapolated_to_the_grid() -> None:
+    """As by hand: equal steps, the unconditional output carried to the mean of the grid's steps."""
+    z, t = normal(1, 4, 6, 6), 615
+    condition = condition_of(1, False)
+    model = model_of(wavy_eps)
+    config = GuidanceConfig(static=True, even_steps=4, inversion_eta=0.0)
+    out = target_of(model, config, z, condition, [t])
+    assert out.n_unet_calls == 4
+    path, x, before = [1, 206, 410, 615], z, None
+    rows = condition.embeddings.flatten(0, 1)
+    for now, then in itertools.pairwise(path):
+        level, after = torch.tensor([now]), torch.tensor([then])
+        outputs = model.denoiser.predict(x.repeat(2, 1, 1, 1), level.repeat(2), rows)[:, None]
+        eps = combine(outputs, None, config.inversion_guidance_scale, "threestudio")
+        if before is not None:
+            eps = eps + (0.5 - 50 / (then - now)) * (outputs[1] - before)
+        before = outputs[1]
+        x = model.schedule.ddim_step(x, eps, level, after)
+    assert relative_error(out.latents_inverted, x) < 1e-6  # f32 levels
+
+
+def test_even_steps_are_no_more_than_the_grid_has() -> None:
+    z, condition = normal(2, 4, 6, 6), condition_of(2, True)
+    for even, n_steps, n_calls in ((4, 10, 5), (100, 10, 11), (4, 3, 4)):
+        config = GuidanceConfig(static=True, even_steps=even, inversion_n_steps=n_steps)
+        out = target_of(model_of(wavy_eps), config, z, condition, [980, 250])
+        assert out.n_unet_calls == n_calls
+
+
 # ---- settings ---------------------------------------------------------------------------------
 
 
 def test_what_is_set_beside_the_speed_wins() -> None:
     assert GuidanceConfig().shortcuts == Shortcuts() and GuidanceConfig().shortcuts.exact
-    assert GuidanceConfig(speed="turbo").shortcuts == Shortcuts(3, 3)
-    assert GuidanceConfig(speed="turbo", deep_cache=0).shortcuts == Shortcuts(0, 3)
+    assert GuidanceConfig(speed="turbo").shortcuts == SPEEDS["turbo"]
+    assert GuidanceConfig(speed="turbo", deep_cache=2).shortcuts == Shortcuts(2, 1000, True, 4)
+    changed = GuidanceConfig(speed="turbo", merge_negatives=False, even_steps=0, reuse_negatives=0)
+    assert changed.shortcuts == Shortcuts() and changed.shortcuts.exact
+    assert not MERGED.exact and not Shortcuts(even_steps=1).exact and Shortcuts(1, 1).exact
     assert GuidanceConfig(deep_cache=2).shortcuts == Shortcuts(2, 0)
 
 
@@ -277,7 +357,9 @@ def test_what_is_set_beside_the_speed_wins() -> None:
     [
         ({"speed": "warp"}, '^guidance.speed: expected "exact" or "balanced" or "turbo"'),
         ({"speed": "turbo"}, "^guidance.speed: turbo needs guidance.static true, got false"),
-        ({"speed": "turbo", "static": True}, '^guidance.speed: turbo needs model.denoiser "fast"'),
+        ({"deep_cache": 2, "static": True}, '^guidance.deep_cache: 2 needs model.denoiser "fast"'),
+        ({"merge_negatives": True}, "^guidance.merge_negatives: true needs guidance.static true"),
+        ({"even_steps": 1001}, "^guidance.even_steps: expected 0 to 1000"),
         ({"deep_cache": 4}, "^guidance.deep_cache: expected 0 to 3, got 4"),
         ({"deep_cache": 2}, "^guidance.deep_cache: 2 needs guidance.static true"),
         ({"reuse_negatives": -1}, "^guidance.reuse_negatives: expected 0 to 1000"),
@@ -306,23 +388,27 @@ def test_the_command_line_adds_what_a_speed_needs() -> None:
         command = cli.Generate("a mug", model="toyworld", set=options, **changes)
         return command.build_config()[0]
 
-    turbo, balanced = config(speed="turbo"), config(speed="balanced")
-    assert turbo.guidance.shortcuts == Shortcuts(3, 3) and turbo.guidance.static
-    assert turbo.model.denoiser == "fast"
-    assert balanced.guidance.static and balanced.model.denoiser == "diffusers"
+    for speed in ("balanced", "turbo"):
+        found = config(speed=speed)
+        assert found.guidance.shortcuts == SPEEDS[speed] and found.guidance.static
+        assert found.model.denoiser == "diffusers"
     plain = config()
     assert not plain.guidance.static and plain.model == toyworld_config().model
-    own = config("guidance.deep_cache=0", speed="turbo", denoiser="auto")
-    assert own.guidance.shortcuts == Shortcuts(0, 3) and own.model.denoiser == "auto"
-    with pytest.raises(SDIFastError, match="^guidance.speed: turbo needs model.denoiser"):
-        config(speed="turbo", denoiser="diffusers")
+    own = config("guidance.deep_cache=3", speed="turbo", denoiser="auto")
+    assert own.guidance.shortcuts.deep_cache == 3 and own.model.denoiser == "auto"
+    with pytest.raises(SDIFastError, match="^guidance.deep_cache: 3 needs model.denoiser"):
+        config("guidance.deep_cache=3", speed="turbo", denoiser="diffusers")
 
 
 # ---- on a GPU ---------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shortcuts", [Shortcuts(2, 0), Shortcuts(0, 2), Shortcuts(3, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shortcuts",
+    [Shortcuts(2, 0), Shortcuts(0, 2), Shortcuts(3, 2), SPEEDS["balanced"], SPEEDS["turbo"]],
+    ids=str,
+)
 def test_graphs_with_shortcuts_replay_what_the_eager_code_computes(shortcuts: Shortcuts) -> None:
     unet = randomise(sd21_topology()).eval().requires_grad_(False).cuda().half()
     schedule = DDIMSchedule(sd_schedule().alphas_cumprod.cuda())
@@ -333,7 +419,7 @@ def test_graphs_with_shortcuts_replay_what_the_eager_code_computes(shortcuts: Sh
     z = torch.randn(2, 4, 16, 16, generator=generator).cuda()
     config = GuidanceConfig(static=True, **dataclasses.asdict(shortcuts))
     graphs = InversionGraphs(model, config, z, condition, seed=3)
-    for t in ([980, 250], [615, 401], [301, 120]):
+    for t in ([980, 250], [615, 401], [301, 120]):  # of as many lengths, with every setting
         out = graphs.target(z, condition, t, [3, 50])
         assert torch.isfinite(out.target).all()
         assert graphs.check() < 1e-3

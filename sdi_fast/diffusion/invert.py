@@ -75,6 +75,21 @@ def plan_inversion(
     return InversionPlan(nodes, lengths)
 
 
+def inversion_path(
+    schedule: DDIMSchedule, t: int, delta: int, config: GuidanceConfig
+) -> tuple[int, ...]:
+    """The time steps that `config` asks for: of its grid, or even ones (config.Shortcuts)."""
+    n_steps, even = config.inversion_n_steps, config.shortcuts.even_steps
+    if even:
+        return schedule.even_path(t, delta, min(even, n_steps))
+    return schedule.inversion_path(t, delta, n_steps, config.variant)
+
+
+def n_unet_calls(schedule: DDIMSchedule, t: int, config: GuidanceConfig) -> int:
+    """UNet forwards of one target at t: the inversion's and the prediction's."""
+    return len(inversion_path(schedule, t, 0, config))
+
+
 def inversion_paths(
     schedule: DDIMSchedule,
     t: Sequence[int],
@@ -85,7 +100,7 @@ def inversion_paths(
     if not t or len(t) != len(delta):
         raise SDIFastError(f"t, delta: expected one of each a sample, got {len(t)}, {len(delta)}")
     paths = [
-        schedule.inversion_path(t_i, delta_i, config.inversion_n_steps, config.variant)
+        inversion_path(schedule, t_i, delta_i, config)
         for t_i, delta_i in zip(t, delta, strict=True)
     ]
     longest = max(len(path) for path in paths)

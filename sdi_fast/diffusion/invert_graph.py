@@ -23,7 +23,7 @@ from ..types import SDIFastError, StepSpec
 from .guide import cfg_convention
 from .invert import DiffusionModel, inversion_paths
 from .prompt import Condition
-from .shortcuts import ConditionedUNet, PlannedUNet, check_shortcuts, plan_calls
+from .shortcuts import ConditionedUNet, PlannedUNet, check_shortcuts, plan_calls, steps_ahead
 
 N_WARM_UP = 2  # calls before the first capture: libraries allocate and choose then
 
@@ -200,13 +200,16 @@ class InversionGraphs:
         k = self._embeddings.shape[0]
         noisy = eta != 0.0
         *calls, last = plan_calls(n_steps, k, self.shortcuts)
-        unet = PlannedUNet(self._unet, self._unet.prepare(self._embeddings), k, self.shortcuts)
+        unet = PlannedUNet(self._unet, Condition(self._embeddings, weights), self.shortcuts)
+        even = self.shortcuts.even_steps > 0
+        grid_stride = self.schedule.n_train_steps / self.config.inversion_n_steps
         x = z
         for step, call in enumerate(calls):
             now, then = self._nodes[step], self._nodes[step + 1]
             noise = self._noise[step] if given and not paper and self._noise is not None else None
+            ahead = steps_ahead(then - now, grid_stride) if even else None
             x, _ = guided_step(
-                unet.predict(x, now, call), x, levels, now, then, weights, self._up,
+                unet.predict(x, now, call, ahead), x, levels, now, then, weights, self._up,
                 lengths=self._lengths, step=step, noise=noise,
                 rng=self._rng if noisy and not paper and not given else None, draw=step,
             )  # fmt: skip
@@ -261,11 +264,12 @@ class InversionGraphs:
         if given in self._warm:
             return
         state = self._rng.clone()
-        cache, k = self._unet.prepare(self._embeddings), self._embeddings.shape[0]
+        condition = Condition(self._embeddings, self._weights)
+        unet, k = PlannedUNet(self._unet, condition, self.shortcuts), condition.n_conditions
         longest = len(self._nodes) - 1
         kinds = [frozenset(plan_calls(n, k, self.shortcuts)) for n in range(1, longest + 1)]
         for n in {call.n_conditions for call in kinds[-1]}:
-            self._unet.warm_up(self._z, self._t, self._unet.first(cache, n * len(self._z)))
+            unet.warm_up(self._z, self._t, n)
         for _ in range(N_WARM_UP):
             self._compute(1 + kinds.index(kinds[-1]), given)  # few steps with calls of every kind
         self._rng.copy_(state)

@@ -216,14 +216,7 @@ class DDIMSchedule:
         """
         total = self.n_train_steps
         grid = self.grid(n_steps)
-        if not 1 < t < total:
-            raise SDIFastError(
-                f"t: expected a time step from 2 to {total - 1} for an inversion, got {t}; "
-                "raise the lower end of guidance.t_range"
-            )
-        if delta < 0:
-            raise SDIFastError(f"delta: expected at least 0, got {delta}")
-        end = min(t + delta, total - 1)
+        end = self._end(t, delta)
         if variant == "paper":
             count = max(n_steps * t // total, 1)
             return tuple(round(k * end / count) for k in range(count + 1))
@@ -234,6 +227,31 @@ class DDIMSchedule:
                 f"inversion_n_steps={n_steps}, got {t}"
             )
         return (below[0] - total // n_steps, *below, end)
+
+    def even_path(self, t: int, delta: int, n_steps: int) -> tuple[int, ...]:
+        """Equal steps from the grid's first to level min(t + delta, T - 1).
+
+        1 + ceil((n_steps - 1) t / T) of them, n_steps at most and mostly two at least. z stands for
+        x at the first: the grid's path begins before it and asks the UNet twice at the clean end.
+
+        Raises:
+            SDIFastError: for t at or below 1, as inversion_path does, or beyond T - 1.
+        """
+        first, end = self.steps_offset, self._end(t, delta)
+        count = min(1 + -(-(n_steps - 1) * t // self.n_train_steps), max(t - first, 1))
+        return tuple(first + round(k * (end - first) / count) for k in range(count + 1))
+
+    def _end(self, t: int, delta: int) -> int:
+        """The level at which an inversion ends; checks both."""
+        total = self.n_train_steps
+        if not 1 < t < total:
+            raise SDIFastError(
+                f"t: expected a time step from 2 to {total - 1} for an inversion, got {t}; "
+                "raise the lower end of guidance.t_range"
+            )
+        if delta < 0:
+            raise SDIFastError(f"delta: expected at least 0, got {delta}")
+        return min(t + delta, total - 1)
 
     def n_unet_calls(self, t: int, n_steps: int, variant: Variant = "threestudio") -> int:
         """UNet forwards of one target at t: the inversion's and the prediction's."""
