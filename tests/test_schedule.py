@@ -233,6 +233,25 @@ def test_paper_paths_have_ten_t_equal_steps(schedule):
         assert max(strides) - min(strides) <= 1
 
 
+@pytest.mark.parametrize("n", [1, 2, 4, 9, 1000])
+def test_even_paths_are_equal_steps_and_fewer_at_a_small_t(schedule, n):
+    counts = []
+    for t in (2, 3, 250, 333, 334, 615, 667, 980, 999):
+        for delta in (0, 17, 500):
+            path = schedule.even_path(t, delta, n)
+            assert path[0] == 1 and path[-1] == min(t + delta, 999)
+            strides = [b - a for a, b in zip(path, path[1:], strict=False)]
+            assert max(strides) - min(strides) <= 1 and min(strides) >= 1
+            assert len(strides) <= n
+        counts.append(len(strides))
+    assert sorted(counts) == counts and counts[0] == 1
+    if n == 4:
+        assert counts == [1, 2, 2, 2, 3, 3, 4, 4, 4]
+    for t, delta, name in ((1, 0, "t"), (1000, 0, "t"), (500, -1, "delta")):
+        with pytest.raises(SDIFastError, match=f"^{name}: expected"):
+            schedule.even_path(t, delta, n)
+
+
 def test_delta_covers_its_range_and_no_more():
     uniform = torch.tensor([0.0, 0.37, 0.5, 0.999999], dtype=torch.float64)
     assert delta_from_uniform(uniform, 10).tolist() == [0, 37, 50, 99]

@@ -21,6 +21,7 @@ inversion alone, so that a sample gets the same in every batch. There is no fp8 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -191,7 +192,7 @@ class PlannedUNet:
         """The raw outputs of all K conditions, [K, B, C, h, w]."""
         outputs = self._evaluated(x, t, call)
         if ahead is not None:
-            uncond = outputs[1]
+            uncond = outputs[1].clone()  # a denoiser may give the same buffer again
             if self._uncond is not None:  # added to all alike, it leaves their differences
                 outputs = outputs + ahead.to(x.dtype).view(-1, 1, 1, 1) * (uncond - self._uncond)
             self._uncond = uncond
@@ -226,10 +227,8 @@ def check_shortcuts(denoiser: Any, shortcuts: Shortcuts, static: bool) -> None:
     if shortcuts.exact:
         return
     if not static:
-        raise SDIFastError(
-            "deep_cache, reuse_negatives, merge_negatives, even_steps: expected static = True with "
-            "them"
-        )
+        names = ", ".join(field.name for field in dataclasses.fields(shortcuts))
+        raise SDIFastError(f"{names}: expected static = True with them")
     if shortcuts.deep_cache > 1 and not hasattr(denoiser, "predict_deep"):
         raise SDIFastError(
             'deep_cache: expected the denoiser "fast", which can be split, got '
