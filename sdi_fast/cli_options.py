@@ -40,15 +40,16 @@ class RunOptions:
     guidance_scale: Annotated[float | None, PLAIN] = None
     """Classifier-free guidance scale (default: 7.5)."""
     denoiser: Annotated[Literal["diffusers", "fast", "auto"] | None, PLAIN] = None
-    """Whose UNet: diffusers', ours on packed weights, or ours on a GPU where it can (auto, default)."""
+    """Whose UNet: diffusers', ours on packed weights (fast), or that on a GPU where it can be
+    (auto, default)."""
     encoder: Annotated[Literal["diffusers", "fast", "auto"] | None, PLAIN] = None
     """Whose VAE encoder, likewise."""
     static: Annotated[bool, PLAIN] = False
-    """SDI's target from fixed buffers, on a GPU as CUDA graphs; other noise than without (default on
-    a GPU)."""
+    """SDI's target from fixed buffers, on a GPU as CUDA graphs (there the default); other noise
+    than without."""
     speed: Annotated[Literal["exact", "balanced", "turbo"] | None, PLAIN] = None
-    """exact (default), or approximate inversions: balanced computes 1.6 to 1.7 times less, turbo 2.5
-    to 4 times; their loss is measured on the bundled model alone."""
+    """exact (default), or approximate inversions: balanced computes 1.6 to 1.7 times less, turbo
+    2.5 to 4 times; their loss is measured on the bundled model alone."""
     device: Annotated[str | None, PLAIN] = None
     """auto (default), cpu, cuda or cuda:N."""
     backend: Annotated[Literal["auto", "reference", "cpu", "cuda"] | None, PLAIN] = None

@@ -40,6 +40,7 @@ from sdi_fast.diffusion.prompt import Condition
 from sdi_fast.diffusion.schedule import DDIMSchedule
 from sdi_fast.diffusion.shortcuts import SD21_COSTS, Call, plan_calls, target_work
 from sdi_fast.guidance import SDI
+from sdi_fast.placement import settle_guidance
 from sdi_fast.toyworld.evaluate import held_out_cameras
 from sdi_fast.toyworld.renderer import render_scene
 from sdi_fast.toyworld.scenes import parse_caption
@@ -356,20 +357,29 @@ def test_what_is_set_beside_the_speed_wins() -> None:
     ("guidance", "message"),
     [
         ({"speed": "warp"}, '^guidance.speed: expected "exact" or "balanced" or "turbo"'),
-        ({"speed": "turbo"}, "^guidance.speed: turbo needs guidance.static true, got false"),
-        ({"deep_cache": 2, "static": True}, '^guidance.deep_cache: 2 needs model.denoiser "fast"'),
-        ({"merge_negatives": True}, "^guidance.merge_negatives: true needs guidance.static true"),
+        (
+            {"speed": "turbo", "static": False},
+            "^guidance.speed: turbo needs guidance.static true, got false",
+        ),
+        ({"deep_cache": 2}, '^guidance.deep_cache: 2 needs model.denoiser "fast"'),
+        (
+            {"merge_negatives": True, "static": False},
+            "^guidance.merge_negatives: true needs guidance.static true",
+        ),
         ({"even_steps": 1001}, "^guidance.even_steps: expected 0 to 1000"),
         ({"deep_cache": 4}, "^guidance.deep_cache: expected 0 to 3, got 4"),
-        ({"deep_cache": 2}, "^guidance.deep_cache: 2 needs guidance.static true"),
+        ({"deep_cache": 2, "static": False}, "^guidance.deep_cache: 2 needs guidance.static true"),
         ({"reuse_negatives": -1}, "^guidance.reuse_negatives: expected 0 to 1000"),
-        ({"reuse_negatives": 2}, "^guidance.reuse_negatives: 2 needs guidance.static true"),
+        (
+            {"reuse_negatives": 2, "static": False},
+            "^guidance.reuse_negatives: 2 needs guidance.static true",
+        ),
         ({"reuse_negatives": 2.5}, "^guidance.reuse_negatives: expected an integer or null"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_line(guidance: dict[str, Any], message: str) -> None:
     with pytest.raises(SDIFastError, match=message) as caught:
-        config_from_dict({"guidance": guidance})
+        config_from_dict({"guidance": guidance, "model": {"denoiser": "diffusers"}})
     assert "\n" not in str(caught.value)
 
 
@@ -383,17 +393,22 @@ def test_the_eager_way_and_other_denoisers_refuse_them() -> None:
         SDI(plain, GuidanceConfig(static=True, deep_cache=2))
 
 
-def test_the_command_line_adds_what_a_speed_needs() -> None:
+def test_a_speed_gets_the_fixed_buffers_that_it_needs() -> None:
+    cpu = torch.device("cpu")
+
     def config(*options: str, **changes: Any) -> Config:
-        command = cli.Generate("a mug", model="toyworld", set=options, **changes)
+        command = cli.Generate(prompt="a mug", model="toyworld", set=options, **changes)
         return command.build_config()[0]
 
     for speed in ("balanced", "turbo"):
         found = config(speed=speed)
-        assert found.guidance.shortcuts == SPEEDS[speed] and found.guidance.static
-        assert found.model.denoiser == "diffusers"
+        assert found.guidance.shortcuts == SPEEDS[speed] and found.guidance.static is None
+        assert settle_guidance(found.guidance, cpu).static
     plain = config()
-    assert not plain.guidance.static and plain.model == toyworld_config().model
+    assert plain.guidance.static is None and plain.model == toyworld_config().model
+    assert not settle_guidance(plain.guidance, cpu).static
+    assert settle_guidance(plain.guidance, torch.device("cuda")).static
+    assert not settle_guidance(config(method="sds").guidance, torch.device("cuda")).static
     own = config("guidance.deep_cache=3", speed="turbo", denoiser="auto")
     assert own.guidance.shortcuts.deep_cache == 3 and own.model.denoiser == "auto"
     with pytest.raises(SDIFastError, match="^guidance.deep_cache: 3 needs model.denoiser"):
