@@ -1,6 +1,7 @@
 """Quality of finished runs with the bundled model: silhouettes and captions.
 
-One process a run, so that runs use the cores side by side:
+One process a run, so that runs use the cores side by side; with --jobs 0 one after another in this
+process, which loads the model once (for a GPU):
 
     python benchmarks/bench_quality.py --out DIR    # the ten prompts, SDI
     python benchmarks/bench_quality.py --out DIR \\
@@ -12,7 +13,9 @@ held-out views in colour and normals, below the ground truth of its prompt).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -26,7 +29,8 @@ import tyro
 from harness import conditions
 from PIL import Image, ImageDraw
 
-from sdi_fast.config import toyworld_config
+from sdi_fast.config import ModelConfig, toyworld_config
+from sdi_fast.diffusion.pipeline import Pipeline, load_pipeline
 from sdi_fast.engine import Engine
 from sdi_fast.toyworld.evaluate import EVAL_PROMPTS, evaluate_run, held_out_cameras
 from sdi_fast.toyworld.renderer import render_scene
@@ -43,7 +47,7 @@ class Args:
     n_prompts: int = 10
     seeds: tuple[int, ...] = (0,)
     steps: int = 0  # 0: the bundled model's own number
-    jobs: int = 1  # runs at a time
+    jobs: int = 1  # runs at a time; 0: all in this process
     threads: int = 1  # CPU threads a run
     device: str = "cpu"
     options: tuple[str, ...] = ()  # stage.name=value, over the defaults; for experiments
@@ -63,6 +67,11 @@ def with_options(config: Any, options: tuple[str, ...]) -> Any:
     return config
 
 
+@functools.cache
+def shared_pipeline(config: ModelConfig, device: str) -> Pipeline:
+    return load_pipeline(config, device)
+
+
 def run_one(job: tuple[Args, str, str, int]) -> dict[str, Any]:
     """One run from the prompt to its scores; images come back as uint8."""
     args, prompt, method, seed = job
@@ -77,7 +86,8 @@ def run_one(job: tuple[Args, str, str, int]) -> dict[str, Any]:
             config.engine, seed=seed, device=args.device, threads=args.threads
         ),
     )
-    engine = Engine(with_options(config, args.options))
+    config = with_options(config, args.options)
+    engine = Engine(config, pipeline=shared_pipeline(config.model, args.device))
     started = time.perf_counter()
     engine.run()
     seconds = time.perf_counter() - started
@@ -135,13 +145,17 @@ def main(args: Args) -> None:
     ]
     rows: list[dict[str, Any]] = []
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(args.jobs, maxtasksperchild=1) as pool:
-        pending = pool.imap_unordered(run_one, jobs)
-        for _ in jobs:
+    with contextlib.ExitStack() as stack:
+        if args.jobs:
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(context.Pool(args.jobs, maxtasksperchild=1))
+            pending = pool.imap_unordered(run_one, jobs)
+        for job in jobs:
             left = args.time_limit - (time.perf_counter() - started) if args.time_limit else None
             try:
-                row = pending.next(left)
+                if not args.jobs and left is not None and left <= 0.0:
+                    raise multiprocessing.TimeoutError
+                row = pending.next(left) if args.jobs else run_one(job)
             except multiprocessing.TimeoutError:
                 print(f"time limit: {len(jobs) - len(rows)} of {len(jobs)} runs are left out")
                 break
