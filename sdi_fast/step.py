@@ -21,6 +21,7 @@ step that has them (the first one runs them kernel by kernel, which loads and tu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -150,11 +151,18 @@ class StepHalves:
 
 
 class GraphHome:
-    """A stream and a pool of memory for steps' graphs."""
+    """A stream and a pool of memory for steps' graphs.
+
+    A pool ends with its last graph, and a capture into one that has ended fails: a graph of the
+    home's own keeps it while engines come and go.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
+        self._anchor = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.stream), capturing(self._anchor, self.pool):
+            self._kept = torch.zeros(1, device=device)
 
 
 class StepGraphs:
@@ -247,8 +255,12 @@ class capturing:  # noqa: N801 (a context manager, named as torch.cuda.graph is)
         torch.cuda.synchronize()
         self.graph.capture_begin(self.pool, capture_error_mode="thread_local")
 
-    def __exit__(self, *_: object) -> None:
-        self.graph.capture_end()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.graph.capture_end()
+        else:  # what went wrong is to be told, not that the capture could not be ended well
+            with contextlib.suppress(RuntimeError):
+                self.graph.capture_end()
 
 
 def run_eagerly(halves: StepHalves, step: int, shading: str) -> RunningStep:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from sdi_fast.api import generate_batch
 from sdi_fast.camera import orbit_cameras
 from sdi_fast.config import Config, toyworld_config
 from sdi_fast.config_io import config_from_dict
@@ -154,6 +157,35 @@ def test_engines_can_share_their_memory(pipeline: Pipeline) -> None:
     for engine, expected in zip(both, alone, strict=True):
         for a, b in zip(engine.history, expected.history, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
+
+
+def test_a_home_outlives_its_engines(pipeline: Pipeline) -> None:
+    """A pool without graphs could not be captured into again."""
+    home = None
+    for seed in range(3):
+        config = config_from_dict({"engine": {"seed": seed}}, CONFIG)
+        engine = Engine(config, pipeline=pipeline, home=home)
+        home = engine.home
+        engine.run(until=6)
+        assert engine.bad_steps == 0 and engine.graphs is not None and engine.graphs.n_kinds == 1
+        del engine
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def test_assets_in_turns_and_after_each_other(tmp_path: Path) -> None:
+    """Three assets at two places: the third one comes into memory that others have left."""
+    configs = [
+        config_from_dict(
+            {"prompt": prompt, "export": {"turntable_frames": 2, "mesh_resolution": 24}}, CONFIG
+        ).with_steps(8)
+        for prompt in ("a red mushroom", "a blue house", "a green car")
+    ]
+    items = generate_batch(configs, out=tmp_path, per_gpu=2)
+    assert [(item.status, item.error) for item in items] == [("done", "")] * 3
+    for item in items:
+        assert item.result is not None and item.result.metrics["ran"]["graphs"]
+        assert len(item.result.metrics["history"]) == 8
 
 
 # ---- against the reference engine ---------------------------------------------------------------

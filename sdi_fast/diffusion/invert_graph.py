@@ -244,6 +244,8 @@ class InversionGraphs:
         if key not in self._graphs:
             if len(self._graphs) >= self.max_graphs:
                 self._graphs.popitem(last=False)
+            if self.capture and not self._graphs:
+                self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
             self._graphs[key] = self._captured(key)
         self._graphs.move_to_end(key)
         self._graphs[key].replay()
