@@ -25,8 +25,9 @@ from .types import SDIFastError
 
 REPORT_NAME = "batch.json"
 TURN_STEPS = 1  # steps of one asset before the next one's turn
-# What ends one asset and leaves the others be: bad input, divergence, memory, the disk.
-FAILURES = (SDIFastError, NonFiniteError, torch.OutOfMemoryError, OSError)
+# What ends one asset and leaves the others be: bad input, the disk, divergence, and whatever else
+# torch and a GPU raise, memory included.
+FAILURES = (SDIFastError, OSError, RuntimeError)
 
 Status = Literal["done", "failed", "stopped", "skipped"]
 
@@ -234,7 +235,9 @@ class Batch:
         if isinstance(error, torch.OutOfMemoryError):
             self._guidances.kept.clear()  # it may have been in the middle of a capture
             return memory_line(error, config, self.per_gpu)
-        return " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(str(error).split())
+        expected = isinstance(error, SDIFastError | NonFiniteError | OSError)
+        return text if expected and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
     # ---- ends -----------------------------------------------------------------------------
 

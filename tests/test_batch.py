@@ -365,6 +365,13 @@ def test_a_failed_asset_gives_its_memory_back(tiny, tmp_path: Path, in_step) -> 
     assert [i.status for i in items] == ["failed", "done", "done"] and gone == [True]
 
 
+def test_what_torch_raises_is_the_assets_own(tiny, tmp_path: Path, in_step) -> None:
+    in_step(PROMPTS[0], 1, throw(RuntimeError("CUDA error:\n launch failed")))
+    items = generate_batch([small_config(tiny, p) for p in PROMPTS], out=tmp_path, per_gpu=2)
+    assert [i.status for i in items] == ["failed", "done", "done"]
+    assert items[0].error == "RuntimeError: CUDA error: launch failed"
+
+
 def test_a_bug_is_no_failure_of_an_asset(tiny, tmp_path: Path, in_step) -> None:
     in_step(PROMPTS[1], 1, throw(ZeroDivisionError()))
     configs = [small_config(tiny, p) for p in PROMPTS]
