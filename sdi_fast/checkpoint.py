@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,12 +158,16 @@ class CheckpointWriter:
     Args:
         threaded: write in a thread: the loop goes on while the state is on its way from the GPU,
             is hashed and written. An error of a write is raised by the next call.
+
+    The snapshot is let go of by the caller's thread, in the next call: pinned memory that is freed
+    records an event on the stream that it was copied on, which may be in a capture meanwhile.
     """
 
     def __init__(self, folder: Path, config: Config, *, threaded: bool) -> None:
         self.folder, self.config = folder, config
         self._pool = ThreadPoolExecutor(1, "checkpoint") if threaded else None
         self._last: Future[None] | None = None
+        self._snapshot: Snapshot | None = None  # that of `_last`
         self.step = 0  # of the last one written
 
     def save(self, step: int, snapshot: Snapshot, *, in_bad_streak: bool) -> None:
@@ -175,14 +180,21 @@ class CheckpointWriter:
         self.wait()
         if self._pool is None:
             self._write(step, snapshot, in_bad_streak)
-        else:
-            self._last = self._pool.submit(self._write, step, snapshot, in_bad_streak)
+        else:  # not as an argument, which the thread would hold on to
+            self._snapshot = snapshot
+            self._last = self._pool.submit(self._write_snapshot, step, in_bad_streak)
 
     def wait(self) -> None:
         """Until everything is written."""
-        last, self._last = self._last, None
+        last = self._last
         if last is not None:
+            wait_for([last])  # where this is interrupted, the next call waits again
+            self._last = self._snapshot = None
             last.result()
+
+    def _write_snapshot(self, step: int, in_bad_streak: bool) -> None:
+        assert self._snapshot is not None
+        self._write(step, self._snapshot, in_bad_streak)
 
     def _write(self, step: int, snapshot: Snapshot, in_bad_streak: bool) -> None:
         tensors = snapshot.tensors()

@@ -88,7 +88,7 @@ class Reading:
             self._host = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
             self._host.copy_(row, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(row.device))
         else:
             self._host = row.clone()
 
@@ -119,9 +119,10 @@ class Snapshot:
         self._finish = finish
         self._event: torch.cuda.Event | None = None
         self._host = {name: self._copy(value.detach()) for name, value in state.items()}
-        if any(value.is_cuda for value in state.values()):
+        on_gpu = [value.device for value in state.values() if value.is_cuda]
+        if on_gpu:  # all on one, which need not be torch's current device
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(on_gpu[0]))
 
     @staticmethod
     def _copy(value: Tensor) -> Tensor:

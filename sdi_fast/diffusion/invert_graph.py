@@ -257,7 +257,10 @@ class InversionGraphs:
                 self._warm_up(key[1])
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # thread_local: a checkpoint's thread may wait for its copies meanwhile
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
                 self._compute(*key)
         return graph
 
