@@ -136,7 +136,7 @@ class Engine:
     def _make_graphs(self) -> StepGraphs | None:
         """The step's CUDA graphs, where the config wants them and the shapes allow them."""
         wanted = self.config.engine.graphs
-        fused = self.scene.renderer.is_fused(self.scene.field, self.buffers.camera.c2w)
+        fused = self._is_fused()
         if wanted and not fused:
             raise SDIFastError(
                 'engine.graphs: true needs the fused renderer (a CUDA device, backend "auto" or '
@@ -161,7 +161,7 @@ class Engine:
         shortcuts = dataclasses.asdict(guidance.shortcuts)
         return {
             **self.pipeline.components,
-            "renderer": "fused" if self.graphs is not None or self._is_fused() else "ops",
+            "renderer": "fused" if self._is_fused() else "ops",
             "graphs": self.graphs is not None,
             "static": getattr(self.guidance, "static", False),
             **shortcuts,
@@ -183,10 +183,11 @@ class Engine:
             delta: how far beyond t SDI inverts, instead of a drawn one.
 
         Raises:
-            NonFiniteError: when this step, or on a GPU one of the last `STEPS_AHEAD`, was the
+            NonFiniteError: when this step, or on a GPU one of the `STEPS_AHEAD` before it, was the
                 `MAX_BAD_STEPS`-th bad one in a row. No parameter has changed since the first.
         """
         started = time.perf_counter()
+        self._settle(STEPS_AHEAD - 1)
         step = self.global_step
         with self._determinism(), self._on_stream(), cudnn_benchmark():
             shading = self._draw(step)
@@ -198,8 +199,6 @@ class Engine:
             running.finish(guided)
             reading = Reading(self.buffers.row, ROW_NAMES)
         self.global_step += 1
-        if self._stream is not None:
-            self._settle(STEPS_AHEAD - 1)
         seconds = time.perf_counter() - started
         metrics = PendingMetrics(step, int(guided.t[0]), guided.n_unet_calls, seconds, reading)
         self._pending.append(metrics)
@@ -253,7 +252,8 @@ class Engine:
     def _settle(self, n_left: int) -> None:
         """Reads the numbers of queued steps, oldest first, until `n_left` are left."""
         while len(self._pending) > n_left:
-            metrics = self._pending.popleft().settled()
+            metrics = self._pending[0].settled()
+            self._pending.popleft()  # not before: the wait may be interrupted
             self._bad_steps = metrics.bad_steps
             self._history.append({name: float(getattr(metrics, name)) for name in HISTORY_COLUMNS})
             if metrics.bad_steps >= MAX_BAD_STEPS:
@@ -264,6 +264,10 @@ class Engine:
                     f"row (the last: step {metrics.step}, loss {metrics.loss}); the parameters are "
                     f"those of step {metrics.step - metrics.bad_steps + 1}"
                 )
+
+    def settle(self) -> None:
+        """Waits for the steps that are queued; raises NonFiniteError as `step` does."""
+        self._settle(0)
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -299,9 +303,11 @@ class Engine:
             return
         outer = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(outer)
-        with torch.cuda.stream(self._stream):
-            yield
-        outer.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:  # a step that is broken off has queued work as well
+            outer.wait_stream(self._stream)
 
     # ---- the loop -------------------------------------------------------------------------
 

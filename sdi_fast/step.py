@@ -6,8 +6,8 @@
 
 Memory, all of it allocated before the second step of its kind and then kept:
 
-    buffers    numbers of the step [18 B + 6], jitter [R], posterior noise and target [B, C, h, w],
-               counters and row: 1.3 MB for one view of 512 x 512
+    buffers    numbers of the step [19 B + 6], jitter [R], posterior noise and target [B, C, h, w],
+               counters and row: 1.2 MB for one view of 512 x 512
     scene      parameters, two moments each, occupancy: 152 MB for the official field
     graphs     one pool for all: what one half leaves for the other (the encoder's activations, the
                renderer's sums, one bit a kept sample), gradients, scratch. Halves of one step run
@@ -185,6 +185,9 @@ class StepGraphs:
             self._seen.add(key)
             return run_eagerly(self.halves, step, shading)
         pair = self._graphs.get(key)
+        if pair is not None and pair.second is None:  # its first step was broken off
+            del self._graphs[key]
+            pair = None
         if pair is None:
             if not self._graphs:
                 torch.cuda.empty_cache()  # what running kernel by kernel took
