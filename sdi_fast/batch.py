@@ -61,6 +61,12 @@ class _Running:
     run: Run
     stack: contextlib.ExitStack  # gives the lock back
 
+    def close(self) -> None:
+        """Gives the lock back. What a last checkpoint met with is not told: one that matters was
+        waited for, and what else has ended the asset is."""
+        with contextlib.suppress(OSError):
+            self.stack.close()
+
 
 @dataclass
 class _Guidances:
@@ -157,7 +163,7 @@ class Batch:
             raise
         finally:
             for running in self._running:  # after an error that no asset is to blame for
-                running.stack.close()
+                running.close()
 
     # ---- turns ----------------------------------------------------------------------------
 
@@ -249,7 +255,7 @@ class Batch:
         self._waiting = [other for other in self._waiting if other != index]
         for running in [r for r in self._running if r.index == index]:
             self._running.remove(running)
-            running.stack.close()
+            running.close()
         self._has_garbage = True
         if self.on_item is not None:
             self.on_item(item)

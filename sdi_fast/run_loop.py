@@ -78,9 +78,14 @@ class Run:
         self.seconds += time.perf_counter() - started
 
     def save(self) -> None:
-        """Saves a checkpoint, unless this step has one or a step was broken off by an exception."""
+        """Saves a checkpoint, unless this step has one or a step was broken off by an exception.
+
+        Raises:
+            NonFiniteError: where the run turns out to have diverged in the steps that were queued.
+        """
         self._writer.wait()
         if self._between_steps and self.engine.global_step > self._writer.step:
+            self.engine.settle()
             self._write_checkpoint(in_bad_streak=True)
             self._writer.wait()
 
@@ -115,6 +120,7 @@ class Run:
     def _write_checkpoint(self, in_bad_streak: bool) -> None:
         """Every checkpoint of a run is written here."""
         engine = self.engine
+        self._writer.wait()  # so that there are no two snapshots in memory
         self._writer.save(engine.global_step, engine.snapshot(), in_bad_streak=in_bad_streak)
 
 
@@ -153,7 +159,7 @@ def start_run(
         try:
             yield run
         except BaseException:
-            with contextlib.suppress(OSError):  # the error that ended the run is the one to tell
+            with contextlib.suppress(Exception):  # the error that ended the run is the one to tell
                 run.close()
             raise
         run.close()

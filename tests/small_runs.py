@@ -8,8 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from conftest import CHILD_CWD
+
+from sdi_fast.api import base_config
+from sdi_fast.config import Config
+from sdi_fast.config_io import config_from_dict, merge, parse_assignment
 
 SMALL = [
     "camera.height=16", "camera.width=16", "render.n_samples_per_ray=32", "field.n_levels=3",
@@ -24,6 +29,14 @@ def small_run(tiny: Path, *more: str, command: str = "generate") -> list[str]:
     """The arguments of a run that takes some 10 ms a step."""
     sets = [word for setting in SMALL for word in ("--set", setting)]
     return [command, "--model", str(tiny), *sets, *more]
+
+
+def small_config(tiny: Path, prompt: str, steps: int = 4, *more: str) -> Config:
+    """The config of such a run on the CPU."""
+    tree: dict[str, Any] = {"engine": {"max_steps": steps, "device": "cpu"}}
+    for text in (*SMALL, *more):
+        merge(tree, parse_assignment(text))
+    return config_from_dict(tree, base_config(prompt, str(tiny)))
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:

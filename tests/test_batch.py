@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from small_runs import SMALL, small_run, start, wait_for
+from small_runs import small_config, small_run, start, wait_for
 from tiny_sd import make_tiny_sd
 
 import sdi_fast
 from sdi_fast import batch, cli
-from sdi_fast.api import base_config, generate, generate_batch
+from sdi_fast.api import generate, generate_batch
 from sdi_fast.batch import Asset, Batch, BatchItem
 from sdi_fast.batch_file import read_batch
-from sdi_fast.checkpoint import list_checkpoints
+from sdi_fast.checkpoint import CheckpointWriter, list_checkpoints
 from sdi_fast.config import Config
-from sdi_fast.config_io import config_from_dict, config_from_yaml, merge, parse_assignment
+from sdi_fast.config_io import config_from_yaml
 from sdi_fast.engine import Engine, StepMetrics
 from sdi_fast.progress import BatchReporter, StopOnSignal, Stopped
 from sdi_fast.run_loop import memory_line
@@ -41,13 +41,6 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a to
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_sd(tmp_path_factory.mktemp("model") / "tiny")
-
-
-def small_config(tiny: Path, prompt: str, steps: int = 4, *more: str) -> Config:
-    tree: dict[str, Any] = {"engine": {"max_steps": steps, "device": "cpu"}}
-    for text in (*SMALL, *more):
-        merge(tree, parse_assignment(text))
-    return config_from_dict(tree, base_config(prompt, str(tiny)))
 
 
 def prompt_file(folder: Path, prompts: list[str] = PROMPTS) -> str:
@@ -370,6 +363,28 @@ def test_what_torch_raises_is_the_assets_own(tiny, tmp_path: Path, in_step) -> N
     items = generate_batch([small_config(tiny, p) for p in PROMPTS], out=tmp_path, per_gpu=2)
     assert [i.status for i in items] == ["failed", "done", "done"]
     assert items[0].error == "RuntimeError: CUDA error: launch failed"
+
+
+def test_a_checkpoint_that_fails_as_well_does_not_stop_the_others(
+    tiny, tmp_path: Path, in_step, monkeypatch
+) -> None:
+    """As on a GPU: the thread meets a full disk while the loop meets something else."""
+
+    class Threaded(CheckpointWriter):
+        def __init__(self, folder: Path, config: Config, *, threaded: bool) -> None:
+            super().__init__(folder, config, threaded=True)
+
+        def _write(self, *args: Any) -> None:
+            if self.config.prompt == PROMPTS[0]:
+                raise OSError(28, "No space left on device")
+            super()._write(*args)
+
+    monkeypatch.setattr(sdi_fast.run_loop, "CheckpointWriter", Threaded)
+    in_step(PROMPTS[0], 2, throw(SDIFastError("something else")))
+    configs = [small_config(tiny, p, 4, "engine.checkpoint_every=2") for p in PROMPTS[:2]]
+    items = generate_batch(configs, out=tmp_path, per_gpu=2)
+    assert [(i.status, i.error) for i in items] == [("failed", "something else"), ("done", "")]
+    assert len(list_checkpoints(items[1].out)) == 2 and not list_checkpoints(items[0].out)
 
 
 def test_a_bug_is_no_failure_of_an_asset(tiny, tmp_path: Path, in_step) -> None:

@@ -83,15 +83,11 @@ def test_missing_gradient_counts_as_zero() -> None:
     assert torch.allclose(a["w"], b["w"], rtol=1e-13)
 
 
-def test_zero_grad_and_finiteness() -> None:
+def test_zero_grad() -> None:
     params = leaves()
     optimizer = ours(params)
-    assert optimizer.grads_are_finite()  # none there
     set_grads(params, 0)
-    assert optimizer.grads_are_finite()
-    for bad in (float("nan"), float("inf")):
-        params["w"].grad[1, 2] = bad
-        assert not optimizer.grads_are_finite()
+    assert any(p.grad is not None for p in params.values())
     optimizer.zero_grad()
     assert all(p.grad is None for p in params.values())
 
