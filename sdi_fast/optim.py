@@ -96,11 +96,6 @@ class Adam:
         for _, param, _ in self._named():
             param.grad = None
 
-    def grads_are_finite(self) -> bool:
-        """Whether no gradient holds an infinity or a NaN. Waits for the device once."""
-        finite = [p.grad.isfinite().all() for _, p, _ in self._named() if p.grad is not None]
-        return not finite or bool(torch.stack(finite).all())
-
     def state_dict(self) -> dict[str, Tensor]:
         """ "step", and "exp_avg.GROUP.NAME" and "exp_avg_sq.GROUP.NAME" of each parameter."""
         state = {"step": self._n_steps}
