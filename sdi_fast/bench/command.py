@@ -84,7 +84,7 @@ def measure(
         "workload": workload.name,
         "speed": speed,
         "version": __version__,
-        "machine": machine(),
+        "machine": machine(device),
         "ran": engine.ran,
         "timings": [dataclasses.asdict(timing) for timing in timings],
         **memory.peak(),
@@ -93,7 +93,7 @@ def measure(
 
 
 def _headline(workload: Workload, device: torch.device, speed: str) -> str:
-    facts = machine()
+    facts = machine(device)
     what = {
         "sd21-512": "Stable Diffusion 2.1's size, random weights, 512 x 512",
         "toyworld-64": "the bundled model, 64 x 64",

@@ -12,9 +12,10 @@ import torch
 from ..ops import _native
 
 
-def machine() -> dict[str, Any]:
-    """Processor, GPU, versions, threads."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Processor, GPU (`device`, if it is one; else the current one), versions, threads."""
+    where = device if device is not None and device.type == "cuda" else None
+    gpu = torch.cuda.get_device_name(where) if torch.cuda.is_available() else ""
     native = _native.build_info()
     if native.get("openmp_runtime"):  # which one, not where this machine keeps it
         native["openmp_runtime"] = Path(native["openmp_runtime"]).name
