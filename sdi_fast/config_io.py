@@ -220,6 +220,8 @@ def _check_guidance(config: Config) -> None:
             continue
         key = "guidance.speed" if getattr(guidance, name) is None else f"guidance.{name}"
         value = guidance.speed if key == "guidance.speed" else str(getattr(guidance, name)).lower()
+        if guidance.method != "sdi":
+            raise SDIFastError(f'{key}: {value} needs guidance.method "sdi", got "sds"')
         if guidance.static is False:
             raise SDIFastError(f"{key}: {value} needs guidance.static true, got false")
         if name == "deep_cache" and config.model.denoiser == "diffusers":

@@ -369,6 +369,10 @@ def test_what_is_set_beside_the_speed_wins() -> None:
         ({"even_steps": 1001}, "^guidance.even_steps: expected 0 to 1000"),
         ({"deep_cache": 4}, "^guidance.deep_cache: expected 0 to 3, got 4"),
         ({"deep_cache": 2, "static": False}, "^guidance.deep_cache: 2 needs guidance.static true"),
+        (
+            {"speed": "balanced", "method": "sds"},
+            '^guidance.speed: balanced needs guidance.method "sdi", got "sds"',
+        ),
         ({"reuse_negatives": -1}, "^guidance.reuse_negatives: expected 0 to 1000"),
         (
             {"reuse_negatives": 2, "static": False},
