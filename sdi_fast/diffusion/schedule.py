@@ -229,7 +229,7 @@ class DDIMSchedule:
         return (below[0] - total // n_steps, *below, end)
 
     def even_path(self, t: int, delta: int, n_steps: int) -> tuple[int, ...]:
-        """Equal steps from the grid's first to level min(t + delta, T - 1).
+        """Equal steps from a "leading" grid's first to level min(t + delta, T - 1).
 
         1 + ceil((n_steps - 1) t / T) of them, n_steps at most and mostly two at least. z stands for
         x at the first: the grid's path begins before it and asks the UNet twice at the clean end.
