@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +16,14 @@ import torch
 from small_runs import small_config
 from tiny_sd import make_tiny_sd
 
+import sdi_fast.step as step_module
 from sdi_fast.checkpoint import CheckpointWriter, list_checkpoints, load_latest
 from sdi_fast.config import Config
 from sdi_fast.constants import MAX_BAD_STEPS
 from sdi_fast.engine import Engine, NonFiniteError
 from sdi_fast.readback import Snapshot, StepMetrics
 from sdi_fast.run_loop import start_run
+from sdi_fast.step import RunningStep, StepGraphs
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +120,51 @@ def test_a_wait_that_is_interrupted_can_be_repeated(tmp_path: Path) -> None:
     threading.Timer(0.2, arrived.set).start()
     writer.wait()
     assert steps_in(tmp_path) == [1]
+
+
+# ---- graphs -------------------------------------------------------------------------------------
+
+
+class NoGraph:
+    """A capture that runs what it captures; replays do nothing."""
+
+    def replay(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("broken_in", ["the inversion", "the second capture"])
+def test_graphs_of_a_step_that_was_broken_off_are_made_anew(
+    broken_in: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", NoGraph)
+    monkeypatch.setattr(step_module, "capturing", lambda *_: contextlib.nullcontext())
+    engine = Engine(small_config(tiny, "a mug"))
+    graphs = StepGraphs(engine.halves, SimpleNamespace(pool=None))  # type: ignore[arg-type]
+
+    def begin() -> tuple[RunningStep, Any]:
+        shading = engine._draw(0)
+        running = graphs.run(0, shading)
+        return running, engine._target(running.latents, 0, None, None)
+
+    running, target = begin()
+    assert running.pair is None  # kernel by kernel
+    running.finish(target)
+    broken, target = begin()
+    if broken_in == "the second capture":
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.optimizer, "step", throw_interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                broken.finish(target)  # autograd's graph is used up
+    running, target = begin()
+    assert running.pair is not None and running.pair is not broken.pair and graphs.n_kinds == 1
+    running.finish(target)
+    again, target = begin()
+    assert again.pair is running.pair and running.pair.half is None
+    assert engine.optimizer.n_steps == 2
+
+
+def throw_interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
 
 
 # ---- queued steps -------------------------------------------------------------------------------
