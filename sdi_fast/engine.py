@@ -40,7 +40,10 @@ STEPS_AHEAD = 3  # that a GPU is given before the host waits for the first of th
 
 
 class NonFiniteError(RuntimeError):
-    """Raised after `MAX_BAD_STEPS` consecutive steps whose loss or gradient was not finite."""
+    """Raised after `MAX_BAD_STEPS` consecutive steps whose loss or gradient was not finite.
+
+    The engine changes nothing from then on, until a state is loaded.
+    """
 
 
 class Callback(Protocol):

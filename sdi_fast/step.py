@@ -21,7 +21,6 @@ step that has them (the first one runs them kernel by kernel, which loads and tu
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from .config import CameraConfig, Config
 from .constants import MAX_BAD_STEPS
+from .diffusion.modules import capturing
 from .diffusion.pipeline import Pipeline
 from .field import EnvironmentBackground, NeRFField
 from .guidance import Guidance, GuidanceOutput
@@ -111,8 +111,12 @@ class StepHalves:
         self.config, self.scene, self.pipeline = config, scene, pipeline
         self.guidance, self.buffers, self.backend = guidance, buffers, backend
 
-    def first(self, step: int, shading: str) -> FirstHalf:
-        """Renders and encodes the buffers' views; `step` sets the active levels."""
+    def first(self, step: int, shading: str, *, captured: bool = True) -> FirstHalf:
+        """Renders and encodes the buffers' views; `step` sets the active levels.
+
+        Args:
+            captured: now or later; else the encoder may run as graphs of its own.
+        """
         scene, buffers = self.scene, self.buffers
         output = scene.renderer.render(
             scene.field, scene.background, scene.occupancy, buffers.camera, step, shading,
@@ -122,7 +126,7 @@ class StepHalves:
             output.comp_rgb.permute(0, 3, 1, 2),  # [B, 3, H, W]
             sample=self.config.guidance.sample_posterior,
             noise=buffers.posterior,
-            graphed=False,
+            graphed=not captured,
         )
         losses = render_losses(output, buffers.camera, self.config.loss, step, backend=self.backend)
         return FirstHalf(latents, losses, output.n_samples)
@@ -183,7 +187,7 @@ class StepGraphs:
         key = (shading, self.halves.scene.field.active_levels(step))
         if key not in self._seen:
             self._seen.add(key)
-            return run_eagerly(self.halves, step, shading)
+            return run_eagerly(self.halves, step, shading, captured=True)
         pair = self._graphs.get(key)
         if pair is not None and pair.second is None:  # its first step was broken off
             del self._graphs[key]
@@ -245,30 +249,15 @@ class RunningStep:
             self.halves.second(self.half, guided)
 
 
-class capturing:  # noqa: N801 (a context manager, named as torch.cuda.graph is)
-    """torch.cuda.graph on the current stream, without its emptying of all caches.
+def run_eagerly(
+    halves: StepHalves, step: int, shading: str, *, captured: bool = False
+) -> RunningStep:
+    """The first half kernel by kernel; then call `finish`.
 
-    Unsafe calls of other threads (a checkpoint being written) do not break the capture.
+    Args:
+        captured: whether a later step of its kind will be.
     """
-
-    def __init__(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-        self.graph, self.pool = graph, pool
-
-    def __enter__(self) -> None:
-        torch.cuda.synchronize()
-        self.graph.capture_begin(self.pool, capture_error_mode="thread_local")
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.graph.capture_end()
-        else:  # what went wrong is to be told, not that the capture could not be ended well
-            with contextlib.suppress(RuntimeError):
-                self.graph.capture_end()
-
-
-def run_eagerly(halves: StepHalves, step: int, shading: str) -> RunningStep:
-    """The first half kernel by kernel; then call `finish`."""
-    return RunningStep(halves, halves.first(step, shading), None)
+    return RunningStep(halves, halves.first(step, shading, captured=captured), None)
 
 
 def _prod(shape: tuple[int, ...]) -> int:

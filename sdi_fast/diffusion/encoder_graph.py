@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .fast_encoder import FastEncoder, Step
-from .modules import cudnn_benchmark
+from .modules import capturing, cudnn_benchmark
 
 MAX_SHAPES = 2  # graphs that are kept; each holds its activations
 N_WARM_UP = 3  # calls before a capture: compilation and cuDNN's measurements
@@ -53,9 +53,9 @@ class EncoderGraph:
             main.wait_stream(stream)
             forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             self._grad = grad
-            with torch.cuda.graph(forward, stream=stream):
+            with capturing(forward, stream=stream):
                 self._out, self._tape = self.encoder.forward(self._x)
-            with torch.cuda.graph(backward, pool=forward.pool(), stream=stream):
+            with capturing(backward, forward.pool(), stream):
                 self._grad_x = self.encoder.backward(self._grad, self._tape)
         self._graphs = (forward, backward)
 

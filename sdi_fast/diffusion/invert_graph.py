@@ -22,6 +22,7 @@ from ..reference.philox import philox_normal
 from ..types import SDIFastError, StepSpec
 from .guide import cfg_convention
 from .invert import DiffusionModel, inversion_paths
+from .modules import capturing
 from .prompt import Condition
 from .shortcuts import ConditionedUNet, PlannedUNet, check_shortcuts, plan_calls, steps_ahead
 
@@ -97,9 +98,8 @@ class InversionGraphs:
         self._rng = torch.tensor([seed, 0], device=device)
         self._out = latents.new_zeros(4, *latents.shape)
         self._graphs: OrderedDict[tuple[int, bool], torch.cuda.CUDAGraph] = OrderedDict()
-        self._pool: Any = None
+        self._pool: Any = None  # of the graphs, made with the first of them
         if self.capture:
-            self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(device)  # of warm-up and captures alike
         self._warm: set[bool] = set()  # kinds of noise (given or drawn) that have run
         self._last = (1, False)
@@ -244,7 +244,7 @@ class InversionGraphs:
         if key not in self._graphs:
             if len(self._graphs) >= self.max_graphs:
                 self._graphs.popitem(last=False)
-            if self.capture and not self._graphs:
+            if not self._graphs:
                 self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
             self._graphs[key] = self._captured(key)
         self._graphs.move_to_end(key)
@@ -257,10 +257,7 @@ class InversionGraphs:
                 self._warm_up(key[1])
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # thread_local: a checkpoint's thread may wait for its copies meanwhile
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
+            with capturing(graph, self._pool, self._stream):
                 self._compute(*key)
         return graph
 

@@ -1,4 +1,4 @@
-"""What the packed networks share: whether a module is what its class says, and cuDNN's choice."""
+"""What the networks share: whether a module is what its class says, cuDNN's choice, captures."""
 
 from __future__ import annotations
 
@@ -21,6 +21,30 @@ def alteration(module: nn.Module) -> str:
     if isinstance(module, nn.Conv2d | nn.Linear) and type(module) not in (nn.Conv2d, nn.Linear):
         return f"the layer {type(module).__name__}"
     return ""
+
+
+@contextlib.contextmanager
+def capturing(
+    graph: torch.cuda.CUDAGraph, pool: Any = None, stream: torch.cuda.Stream | None = None
+) -> Iterator[None]:
+    """As torch.cuda.graph, on `stream` or the current one, which must not be the default one.
+
+    Calls of other threads (a checkpoint that waits for its copies) do not break the capture, no
+    cache is emptied, and where the block fails that is raised, not that the capture did.
+
+    Args:
+        pool: memory to share with other graphs, of which one has to be alive.
+    """
+    with torch.cuda.stream(stream):
+        torch.cuda.synchronize()
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
 
 
 @contextlib.contextmanager
