@@ -12,6 +12,9 @@ t; delta = 0. For every mode, three coarser grids beside them, and every t:
     gradient   |target - exact target| / |exact target - z|: how far the loss' gradient is off
     work       UNet calls' worth, counted on SD 2.1 (diffusion/shortcuts.py)
 
+"fp8" approximates every UNet call instead (model.unet_linears), on a CPU by its reference numerics;
+its work is counted as the exact one's.
+
 With --runs whole runs are made instead, by bench_quality.py's code: IoU, rank and score of every
 mode.
 """
@@ -53,6 +56,7 @@ MODES: dict[str, Shortcuts] = {
     "turbo, deep 3": dataclasses.replace(SPEEDS["turbo"], deep_cache=3),
     **{name: shortcuts for name, shortcuts in SPEEDS.items() if name != "exact"},
     **{name: Shortcuts() for name in FEWER},
+    "fp8": Shortcuts(),
 }
 
 
@@ -104,16 +108,22 @@ def scenes(args: Args, pipeline: Pipeline) -> tuple[Tensor, Condition]:
     return torch.cat(latents), Condition(embeddings, torch.cat(weights))
 
 
+def linears_of(mode: str) -> str:
+    return "fp8" if mode == "fp8" else "exact"
+
+
 @torch.no_grad()
 def residuals(args: Args) -> list[dict[str, Any]]:
     config = dataclasses.replace(toyworld_config().model, denoiser="fast")
-    pipeline = load_pipeline(config, args.device)
-    z, condition = scenes(args, pipeline)
-    batch, schedule = len(z), pipeline.schedule
+    exactly = load_pipeline(config, args.device)
+    in_fp8 = load_pipeline(dataclasses.replace(config, unet_linears="fp8"), args.device)
+    z, condition = scenes(args, exactly)
+    batch, schedule = len(z), exactly.schedule
     exact: dict[int, Tensor] = {}
     rows = []
     for mode in dict.fromkeys(("exact", *args.modes)):
         guidance = guidance_of(args, mode)
+        pipeline = in_fp8 if linears_of(mode) == "fp8" else exactly
         sdi = SDI(pipeline, guidance)
         for t in args.t:
             n_steps = n_unet_calls(schedule, t, guidance) - 1
@@ -167,6 +177,7 @@ def whole_runs(args: Args, folder: Path) -> None:
     for mode in args.modes:
         settings = {
             "model.denoiser": "fast",
+            "model.unet_linears": linears_of(mode),
             "guidance.static": True,
             **{f"guidance.{k}": v for k, v in dataclasses.asdict(MODES[mode]).items()},
             "guidance.inversion_n_steps": FEWER.get(mode, args.n_steps),

@@ -145,7 +145,7 @@ class GuidanceConfig:
     # SDI's target from fixed buffers, on a GPU as CUDA graphs; its noise then comes from a stream
     # of its own, so that a run is another one than without. None: on a GPU, and where needed
     static: bool | None = None
-    # "balanced" and "turbo" approximate the inversion (SPEEDS). There is no fp8 mode.
+    # "balanced" and "turbo" approximate the inversion (SPEEDS); none sets model.unet_linears
     speed: Literal["exact", "balanced", "turbo"] = "exact"
     deep_cache: int | None = None  # see Shortcuts; None: as `speed` says
     reuse_negatives: int | None = None  # likewise, and so on
@@ -195,6 +195,10 @@ class ModelConfig:
     # that it lacks; "auto": ours on a GPU where it can be, else diffusers', which is then said
     denoiser: Component = "auto"
     encoder: Component = "auto"
+    # "fp8": the linear layers of the fast UNet's transformer blocks in e4m3, an approximation for
+    # GPUs of compute capability 8.9 and later; a CPU computes as if, slowly. Convolutions, half of
+    # the work, stay as they are: PyTorch and cuDNN offer none in fp8
+    unet_linears: Literal["exact", "fp8"] = "exact"
 
 
 @dataclass(frozen=True)

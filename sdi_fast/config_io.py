@@ -205,6 +205,10 @@ def check_config(config: Config) -> None:
         )
     if not config.model.id.strip():
         raise SDIFastError("model.id: expected a name or a folder, got nothing")
+    if config.model.unet_linears == "fp8" and config.model.denoiser == "diffusers":
+        raise SDIFastError(
+            'model.unet_linears: fp8 needs model.denoiser "fast" or "auto", got "diffusers"'
+        )
     _check_guidance(config)
 
 

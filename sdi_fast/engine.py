@@ -164,6 +164,7 @@ class Engine:
         shortcuts = dataclasses.asdict(guidance.shortcuts)
         return {
             **self.pipeline.components,
+            "unet_linears": self.pipeline.denoiser.linears,
             "renderer": "fused" if self._is_fused() else "ops",
             "graphs": self.graphs is not None,
             "static": getattr(self.guidance, "static", False),

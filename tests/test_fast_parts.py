@@ -124,7 +124,8 @@ def test_a_static_run_resumed_equals_an_unbroken_one(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     result = generate(config, out=whole, steps=6)
     assert result.metrics["ran"] == {
-        "denoiser": "fast", "encoder": "fast", "renderer": "ops", "graphs": False, "static": True,
+        "denoiser": "fast", "encoder": "fast", "unet_linears": "exact", "renderer": "ops",
+        "graphs": False, "static": True,
         **dataclasses.asdict(SPEEDS[speed]),
     }  # fmt: skip
     assert json.loads((whole / "metrics.json").read_text())["ran"]["denoiser"] == "fast"

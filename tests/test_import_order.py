@@ -47,9 +47,10 @@ WITHIN: dict[str, tuple[str, ...]] = {
     "diffusion": (
         "source", "schedule", "prompt", "modules",
         "fast_unet.support", "fast_unet.options", "fast_unet.choices", "fast_unet.packing",
-        "fast_unet.layers", "fast_unet.forward", "fast_unet.work", "fast_unet.model",
-        "fast_unet.graph", "fast_unet", "denoiser", "vae_pack", "fast_encoder", "encoder_graph",
-        "encoder", "guide", "invert", "shortcuts", "invert_graph", "pipeline",
+        "fast_unet.fp8", "fast_unet.layers", "fast_unet.forward", "fast_unet.fp8_forward",
+        "fast_unet.work", "fast_unet.model", "fast_unet.graph", "fast_unet", "denoiser",
+        "vae_pack", "fast_encoder", "encoder_graph", "encoder", "guide",
+        "invert", "shortcuts", "invert_graph", "pipeline",
     ),
     "guidance": (),
     "bench": ("machine", "models", "workload", "timing", "stored", "command"),

@@ -11,6 +11,7 @@ from ..config import ModelConfig
 from ..constants import VIEW_NAMES
 from ..diffusion.denoiser import choose_denoiser
 from ..diffusion.encoder import LatentEncoder
+from ..diffusion.fast_unet import FastUNetOptions
 from ..diffusion.pipeline import Pipeline, quiet_libraries, resolve_dtype
 from ..diffusion.prompt import PromptEmbeddings
 from ..diffusion.schedule import DDIMSchedule
@@ -90,7 +91,8 @@ def random_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline
     with quiet_libraries():  # diffusers has something to say about a change of dtype
         unet, vae = make_unet(device).to(dtype), make_vae(device).to(dtype)
     image_size = UNET["sample_size"] * 2 ** (len(VAE["block_out_channels"]) - 1)
-    denoiser, why = choose_denoiser(unet, config.denoiser)
+    options = FastUNetOptions(linears=config.unet_linears)
+    denoiser, why = choose_denoiser(unet, config.denoiser, options)
     encoder = LatentEncoder(vae, image_size, config.encoder)
     notes = {"model.denoiser": why, "model.encoder": encoder.note}
     return Pipeline(

@@ -38,6 +38,7 @@ class Denoiser:
     """
 
     kind = "diffusers"
+    linears = "exact"  # as FastUNet's
 
     def __init__(self, unet: Any) -> None:
         self.unet = unet.eval().requires_grad_(False)
@@ -79,10 +80,12 @@ def make_denoiser(
 
     Args:
         kind: "diffusers"; "fast", the model on packed weights, captured in graphs on a GPU; "auto",
-            that on a GPU where it supports the model, otherwise diffusers'.
+            that on a GPU where it supports the model, otherwise diffusers'. With `linears` "fp8",
+            which only the fast one has, "auto" means "fast".
 
     Raises:
-        SDIFastError: where `kind` is "fast" and the model has a feature that it lacks.
+        SDIFastError: where `kind` is "fast" and the model has a feature that it lacks, or the GPU
+            lacks fp8.
     """
     return choose_denoiser(unet, kind, options)[0]
 
@@ -94,6 +97,10 @@ def choose_denoiser(
     if kind not in KINDS:
         raise SDIFastError(f"kind: expected {', '.join(KINDS)}, got {kind!r}")
     on_gpu = next(unet.parameters()).is_cuda
+    if options is not None and options.linears == "fp8":
+        if kind == "diffusers":
+            raise SDIFastError('linears: fp8 needs the "fast" denoiser, got "diffusers"')
+        kind = "fast"
     if kind == "diffusers":
         return Denoiser(unet), ""
     if kind == "auto" and not on_gpu:

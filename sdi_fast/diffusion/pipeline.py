@@ -16,6 +16,7 @@ from ..config import ModelConfig
 from ..types import SDIFastError
 from .denoiser import AnyDenoiser, choose_denoiser
 from .encoder import LatentEncoder
+from .fast_unet import FastUNetOptions
 from .prompt import TextEncoder
 from .schedule import DDIMSchedule
 from .source import find_model, find_variant, first_line, read_json, show, weight_files
@@ -60,7 +61,7 @@ def load_pipeline(config: ModelConfig, device: torch.device | str = "cpu") -> Pi
 
     Raises:
         SDIFastError: for a model that is not there, incomplete, broken or of another kind, or that
-            a component asked for as "fast" does not support.
+            a component asked for as "fast" does not support, or for fp8 on a GPU without it.
     """
     device = torch.device(device)
     dtype = resolve_dtype(config.dtype, device)
@@ -79,7 +80,8 @@ def load_pipeline(config: ModelConfig, device: torch.device | str = "cpu") -> Pi
     sample_size = _sample_size(unet.config)
     image_size = sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
     latent_channels = int(unet.config.in_channels)
-    denoiser, why = choose_denoiser(unet.to(device), config.denoiser)
+    options = FastUNetOptions(linears=config.unet_linears)
+    denoiser, why = choose_denoiser(unet.to(device), config.denoiser, options)
     encoder = LatentEncoder(vae.to(device), image_size, config.encoder)
     notes = {"model.denoiser": why, "model.encoder": encoder.note}
     return Pipeline(

@@ -18,6 +18,22 @@ PROCESSORS = 132  # of an H100 or H200
 
 
 @triton.jit
+def normalise(
+    value: tl.tensor,  # [rows, block] f32
+    real: tl.tensor,  # [block]: which columns there are
+    w: tl.tensor,  # [block] f32, zeros beyond the columns; and so b
+    b: tl.tensor,
+    n_channels: tl.constexpr,
+    eps: tl.tensor,
+) -> tl.tensor:
+    """Rows normalised; zeros beyond the columns."""
+    mean = tl.sum(value, 1)[:, None] / n_channels
+    off = tl.where(real[None, :], value - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(off * off, 1)[:, None] / n_channels + eps)
+    return off * rstd * w[None, :] + b[None, :]
+
+
+@triton.jit
 def _layer_norm(
     x: tl.tensor,  # [M, C]
     weight: tl.tensor,  # [C]
@@ -41,10 +57,7 @@ def _layer_norm(
     b = tl.load(bias + lane, mask=real, other=0.0).to(tl.float32)
     if has_shift:
         value += tl.load(shift + lane, mask=real, other=0.0).to(tl.float32)[None, :]
-    mean = tl.sum(value, 1)[:, None] / n_channels
-    off = tl.where(real[None, :], value - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(off * off, 1)[:, None] / n_channels + eps)
-    y = off * rstd * w[None, :] + b[None, :]
+    y = normalise(value, real, w, b, n_channels, eps)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 

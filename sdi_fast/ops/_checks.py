@@ -12,6 +12,7 @@ from ..types import FieldParams, FieldSpec, HashGridSpec, Samples, SDIFastError
 
 Shape = tuple[int | None, ...]
 FLOATS = (torch.float32, torch.float64)
+ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_LEVELS = 32  # csrc/math/grid.h kMaxLevels
 MAX_HIDDEN = 256  # csrc/math/mlp.h kMaxHidden
 MAX_FEATURES = 128  # csrc/math/mlp.h kMaxInputs
@@ -45,6 +46,21 @@ def check_tensor(
         )
     if like is not None and value.device != like.device:
         raise SDIFastError(f"{name}: expected device {like.device}, got {value.device}")
+
+
+def check_activation(
+    name: str,
+    value: Tensor,
+    shape: Shape,  # None: any size
+    like: Tensor | None = None,  # has to have this one's device
+) -> None:
+    """Raise SDIFastError unless `value` is of `shape`, f16, bf16 or f32, and on that device."""
+    if value.dtype not in ACTIVATIONS:
+        raise SDIFastError(
+            f"{name}: expected dtype float16, bfloat16 or float32, got "
+            f"{str(value.dtype).removeprefix('torch.')}"
+        )
+    check_tensor(name, value, shape, dtype=value.dtype, like=like)
 
 
 def check_positive(name: str, value: float, *, zero_ok: bool = False) -> None:

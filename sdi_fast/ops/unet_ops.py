@@ -16,10 +16,9 @@ from torch import Tensor
 
 from ..reference import unet_ops as reference
 from ..types import SDIFastError
-from ._checks import check_tensor
+from ._checks import check_activation, check_tensor
 from ._native import resolve_backend
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ROW_BYTES = 16  # the copy engine's rows are multiples of it
 
 
@@ -31,18 +30,6 @@ def has_copy_engine() -> bool:
 
 def _use_triton(op: str, x: Tensor, backend: str) -> bool:
     return resolve_backend(op, x, backend, ("triton",)) == "triton"
-
-
-def _check(
-    name: str, value: Tensor, shape: tuple[int | None, ...], like: Tensor | None = None
-) -> None:
-    """Of `shape`, in one of DTYPES, on `like`'s device."""
-    if value.dtype not in DTYPES:
-        raise SDIFastError(
-            f"{name}: expected dtype float16, bfloat16 or float32, got "
-            f"{str(value.dtype).removeprefix('torch.')}"
-        )
-    check_tensor(name, value, shape, dtype=value.dtype, like=like)
 
 
 def group_norm(
@@ -61,17 +48,17 @@ def group_norm(
     """Group norm over N and a group's channels, then SiLU where asked for, [B, N, C]."""
     if not 1 <= len(parts) <= 2:
         raise SDIFastError(f"parts: expected 1 or 2 tensors, got {len(parts)}")
-    _check("parts[0]", parts[0], (None, None, None))
+    check_activation("parts[0]", parts[0], (None, None, None))
     b, n, _ = parts[0].shape
     for i, part in enumerate(parts):
         check_tensor(f"parts[{i}]", part, (b, n, None), dtype=parts[0].dtype, like=parts[0])
     c = sum(part.shape[2] for part in parts)
     if n_groups < 1 or c % n_groups != 0:
         raise SDIFastError(f"n_groups: expected a divisor of {c}, got {n_groups}")
-    _check("weight", weight, (c,), parts[0])
-    _check("bias", bias, (c,), parts[0])
+    check_activation("weight", weight, (c,), parts[0])
+    check_activation("bias", bias, (c,), parts[0])
     if shift is not None:
-        _check("shift", shift, (1 if shift.shape[0] == 1 else b, c), parts[0])
+        check_activation("shift", shift, (1 if shift.shape[0] == 1 else b, c), parts[0])
     options = dict(n_groups=n_groups, eps=eps, silu=silu)
     if not _use_triton("group_norm", parts[0], backend):
         return reference.group_norm(parts, weight, bias, shift, **options)  # type: ignore[arg-type]
@@ -100,11 +87,11 @@ def layer_norm(
     backend: str = "auto",
 ) -> Tensor:
     """Layer norm over the channels, [M, C]."""
-    _check("x", x, (None, None))
-    _check("weight", weight, (x.shape[1],), x)
-    _check("bias", bias, (x.shape[1],), x)
+    check_activation("x", x, (None, None))
+    check_activation("weight", weight, (x.shape[1],), x)
+    check_activation("bias", bias, (x.shape[1],), x)
     if shift is not None:
-        _check("shift", shift, (x.shape[1],), x)
+        check_activation("shift", shift, (x.shape[1],), x)
     if not _use_triton("layer_norm", x, backend):
         return reference.layer_norm(x, weight, bias, shift, eps=eps)
     from ..kernels.layer_norm import layer_norm as kernel
@@ -120,10 +107,10 @@ def geglu(
     backend: str = "auto",
 ) -> Tensor:
     """value * gelu(gate), with the exact (erf) gelu, [M, F]."""
-    _check("x", x, (None, None))
+    check_activation("x", x, (None, None))
     if x.shape[1] % 2:
         raise SDIFastError(f"x: expected an even number of columns, got {x.shape[1]}")
-    _check("bias", bias, (x.shape[1],), x)
+    check_activation("bias", bias, (x.shape[1],), x)
     if not _use_triton("geglu", x, backend):
         return reference.geglu(x, bias)
     from ..kernels.geglu import geglu as kernel
@@ -137,7 +124,7 @@ def interleave_phases(
     backend: str = "auto",
 ) -> Tensor:
     """out[:, 2 i + a, 2 j + b] = x[:, i + a, j + b, phase (a, b)], [B, 2 H, 2 W, C]."""
-    _check("x", x, (None, None, None, None))
+    check_activation("x", x, (None, None, None, None))
     if x.shape[3] % 4 or min(x.shape[1:3]) < 2:
         raise SDIFastError(f"x: expected [B, H + 1, W + 1, 4 C], got {list(x.shape)}")
     if not _use_triton("interleave_phases", x, backend):
@@ -156,11 +143,11 @@ def linear_geglu(
     backend: str = "auto",
 ) -> Tensor:
     """geglu of the linear map, without rounding in between, [M, F]."""
-    _check("x", x, (None, None))
+    check_activation("x", x, (None, None))
     check_tensor("weight", weight, (None, x.shape[1]), dtype=x.dtype, like=x)
     if weight.shape[0] % 2:
         raise SDIFastError(f"weight: expected an even number of rows, got {weight.shape[0]}")
-    _check("bias", bias, (weight.shape[0],), x)
+    check_activation("bias", bias, (weight.shape[0],), x)
     if not _use_triton("linear_geglu", x, backend):
         return reference.linear_geglu(x, weight, bias)
     multiple = ROW_BYTES // x.element_size()

@@ -144,6 +144,10 @@ class GraphedUNet:
         return self.unet.dtype
 
     @property
+    def linears(self) -> str:
+        return self.unet.linears
+
+    @property
     def n_calls(self) -> int:
         return sum(graph.n_replays for graph in self.graphs.values())
 

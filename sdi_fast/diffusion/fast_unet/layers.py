@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ...ops import rows8 as ops8
 from ...ops import unet_ops
 from .choices import Choices
 from .options import FastUNetOptions
@@ -82,6 +83,24 @@ class Layers:
         return unet_ops.layer_norm(
             x, norm.weight, norm.bias, norm.shift, eps=norm.eps, backend=self.backend
         )
+
+    def layer_norm8(self, x: Tensor, added: Tensor | None, norm: Norm) -> ops8.Rows8:
+        """In e4m3; `added` is added to x in place first."""
+        return ops8.layer_norm8(
+            x, added, norm.weight, norm.bias, norm.shift, eps=norm.eps, backend=self.backend
+        )
+
+    def rows8(self, x: Tensor) -> ops8.Rows8:
+        """In e4m3, [M, K]."""
+        return ops8.quantise_rows(x, backend=self.backend)
+
+    def geglu8(self, x: Tensor, bias: Tensor) -> ops8.Rows8:
+        return ops8.geglu8(x, bias, backend=self.backend)
+
+    def linear8(
+        self, rows: ops8.Rows8, weight: Tensor, scale: Tensor, dtype: torch.dtype
+    ) -> Tensor:  # [M, N]
+        return ops8.linear8(*rows, weight, scale, dtype=dtype, backend=self.backend)
 
     def feed_forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """GEGLU of a linear map, [M, F]; weight is [K, 2 F], a view of rows of K."""

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops import rows8
 from ...types import SDIFastError
 from ..modules import cudnn_benchmark
 from .choices import Choices, load_stored
 from .forward import Forward
+from .fp8 import quantise_linears
+from .fp8_forward import Forward8
 from .layers import Layers
 from .options import FastUNetOptions
 from .packing import pack
@@ -43,7 +46,8 @@ class FastUNet:
         dtype: of the packed weights and activations; None: the UNet's.
 
     Raises:
-        SDIFastError: for a UNet with a feature that is not implemented, naming it.
+        SDIFastError: for a UNet with a feature that is not implemented, naming it, and for
+            `linears` "fp8" on a GPU without such products.
     """
 
     kind = "fast"
@@ -57,6 +61,10 @@ class FastUNet:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.options = options or FastUNetOptions()
+        in_fp8 = self.linears == "fp8"
+        if in_fp8:
+            weight = next(unet.parameters())
+            rows8.check_device(weight.device, dtype or weight.dtype)
         self.packed = pack(
             unet,
             dtype=dtype,
@@ -66,7 +74,15 @@ class FastUNet:
         )
         self.choices = Choices(load_stored(self.device) if self.options.stored else None)
         self.n_calls = 0
-        self._forward = Forward(self.packed, Layers(self.options, self.choices))
+        if in_fp8:
+            self.packed = quantise_linears(self.packed)
+        forward = Forward8 if in_fp8 else Forward
+        self._forward = forward(self.packed, Layers(self.options, self.choices))
+
+    @property
+    def linears(self) -> str:
+        """How the transformer blocks' linear layers compute: "exact" or "fp8"."""
+        return self.options.linears
 
     @property
     def device(self) -> torch.device:

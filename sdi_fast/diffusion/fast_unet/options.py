@@ -12,6 +12,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "geglu": ("auto", "measured", "separate", "fused"),
     "norms": ("auto", "measured"),
     "upsample": ("phase", "nearest", "measured"),
+    "linears": ("exact", "fp8"),
 }
 
 
@@ -29,6 +30,9 @@ class FastUNetOptions:
     geglu: str = "auto"  # after the matrix product ("separate"), or inside of it ("fused")
     norms: str = "auto"  # one launch a group norm or two, and the shares of two
     upsample: str = "phase"  # 4 convolutions of 2 x 2 taps in place of 9 taps on the large image
+    # "fp8": the linear layers of the transformer blocks in e4m3 (fp8.py), an approximation, where
+    # `geglu` plays no part; "exact": all in the UNet's dtype
+    linears: str = "exact"
     stored: bool = True  # begin with the choices that were measured on such a GPU
     cudnn_benchmark_limit: int = 10  # algorithms that cuDNN tries a shape; 0: all
     graphs: bool = True  # make_denoiser captures the calls on a GPU, one graph a shape

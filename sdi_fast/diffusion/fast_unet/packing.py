@@ -40,6 +40,18 @@ class Resnet:
 
 
 @dataclass(frozen=True)
+class Scales:
+    """Of a block's weights in e4m3, one an output channel: w = values scale, [1, N] f32 each."""
+
+    qkv: Tensor
+    out1: Tensor
+    query: Tensor
+    out2: Tensor
+    ff1: Tensor
+    ff2: Tensor
+
+
+@dataclass(frozen=True)
 class Block:
     """One transformer block."""
 
@@ -56,6 +68,7 @@ class Block:
     ff2: Tensor  # [4 C, C]
     heads: int
     text_heads: int
+    scales: Scales | None = None  # where its weights are e4m3 (fp8.py)
 
 
 @dataclass(frozen=True)
