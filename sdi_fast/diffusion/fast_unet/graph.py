@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...types import SDIFastError
+from ..modules import capturing
 from .model import FastUNet, TextCache
 
 N_WARM_UP = 3  # calls before the capture: compilation, measurements, libraries' workspaces
@@ -63,7 +64,7 @@ class CapturedUNet:
             for _ in range(N_WARM_UP):
                 self.unet.warm_up(self.x, self.t, self.cache)
         main.wait_stream(side)
-        with torch.cuda.graph(self.graph, pool=pool, stream=side):
+        with capturing(self.graph, pool, side):
             return self.unet.predict_prepared(self.x, self.t, self.cache)
 
     def replay(self) -> Tensor:
