@@ -101,6 +101,11 @@ inline unsigned __float2uint_rd(float x) { return static_cast<unsigned>(floorf(x
 inline unsigned __float2uint_rz(float x) { return static_cast<unsigned>(x); }
 inline float __int2float_rn(int x) { return static_cast<float>(x); }
 inline float __uint2float_rn(unsigned x) { return static_cast<float>(x); }
+inline float __ll2float_rn(long long x) { return static_cast<float>(x); }
+inline long long __float2ll_rn(float x) {  // saturates; NaN gives the least
+  if (!(x >= -0x1p63f)) return INT64_MIN;
+  return x >= 0x1p63f ? INT64_MAX : static_cast<long long>(rintf(x));
+}
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
