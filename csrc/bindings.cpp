@@ -367,6 +367,11 @@ RenderViewsArgs make_render_views(const FieldSpec& spec, const std::vector<int64
                          spec};
 }
 
+RenderViewsGrads make_render_views_grads(const std::vector<Address>& at) {
+  if (at.size() != 11) throw py::value_error("render_views_bwd: expected 11 addresses");
+  return {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8], at[9], at[10]};
+}
+
 // `mode` is there for _native.call: these are for the GPU and f32 alone.
 void bind_render(py::module_& m) {
   m.def("render_views_words", &render_views_words);
@@ -382,13 +387,25 @@ void bind_render(py::module_& m) {
                                const std::vector<double>& lengths,
                                const std::vector<Address>& addresses, Address next_tile,
                                const std::vector<Address>& at, Address stream) {
-    if (at.size() != 11) throw py::value_error("render_views_bwd: expected 11 addresses");
     const RenderViewsArgs args = make_render_views(spec, sizes, lengths, addresses, next_tile);
-    const RenderViewsGrads grads{at[0], at[1], at[2], at[3], at[4], at[5],
-                                 at[6], at[7], at[8], at[9], at[10]};
+    const RenderViewsGrads grads = make_render_views_grads(at);
     const py::gil_scoped_release unlocked;
     return cuda::launch_render_views_bwd(args, grads, stream);
   });
+  m.attr("RENDER_VIEWS_WEIGHTS") = kFusedWeights;
+  m.def("render_views_bwd_warps", &cuda::render_views_bwd_warps);
+  m.def("render_views_bwd_deterministic",
+        [](int, const FieldSpec& spec, const std::vector<int64_t>& sizes,
+           const std::vector<double>& lengths, const std::vector<Address>& addresses,
+           Address next_tile, const std::vector<Address>& at, Address table, Address weights,
+           Address counts, Address scale, Address stream) {
+          const RenderViewsArgs args =
+              make_render_views(spec, sizes, lengths, addresses, next_tile);
+          const RenderViewsGrads grads = make_render_views_grads(at);
+          const RenderViewsSums sums{table, weights, counts, scale};
+          const py::gil_scoped_release unlocked;
+          return cuda::launch_render_views_bwd_deterministic(args, grads, sums, stream);
+        });
 }
 #endif
 

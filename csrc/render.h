@@ -66,6 +66,17 @@ struct RenderViewsGrads {
   float* grad_color_w2;          // [3, 64]
 };
 
+constexpr int kFusedWeights =  // both MLPs', with all levels
+    2 * kFusedHidden * kFusedLevels * kFusedFeatures + 4 * kFusedHidden;
+
+// Workspace of the deterministic backward.
+struct RenderViewsSums {
+  uint64_t* table;   // [n_params], fixed point
+  float* weights;    // [render_views_bwd_warps(), kFusedWeights]
+  uint64_t* counts;  // [256], samples by the exponent of what they add to the table at most
+  float* scale;      // [2], of fixed point: units a number, and the inverse
+};
+
 // Words a ray of `kept`: enough for every step through the box's diagonal.
 int64_t render_views_words(double radius, double step_size);
 
@@ -74,6 +85,14 @@ namespace cuda {
 int launch_render_views_fwd(const RenderViewsArgs& args, void* stream);
 int launch_render_views_bwd(const RenderViewsArgs& args, const RenderViewsGrads& grads,
                             void* stream);
+
+// The same gradients; two calls on GPUs of one kind give the same bits (cuda/render_bwd_fixed.h).
+int launch_render_views_bwd_deterministic(const RenderViewsArgs& args,
+                                          const RenderViewsGrads& grads,
+                                          const RenderViewsSums& sums, void* stream);
+
+// Rows of RenderViewsSums.weights that it may write on the current device.
+int64_t render_views_bwd_warps();
 
 }  // namespace cuda
 }  // namespace sdi

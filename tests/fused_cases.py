@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -26,11 +27,22 @@ def needs_kernels(test: Any) -> Any:
     return pytest.mark.gpu(pytest.mark.skipif(missing, reason="needs CUDA kernels")(test))
 
 
-def fused(*args: Any, alpha_bound: Tensor | None, jitter: Tensor | None) -> RaySums:
+def fused(
+    *args: Any,
+    alpha_bound: Tensor | None = None,
+    jitter: Tensor | None = None,
+    deterministic: bool = False,
+) -> RaySums:
     """The op's kernels; emulated ones take CPU tensors, which the op itself would refuse."""
     if EMULATED:
-        return op._run(*args, alpha_bound, jitter)
-    return op.render_views(*args, alpha_bound=alpha_bound, jitter=jitter, backend="cuda")
+        return op._run(*args, alpha_bound, jitter, deterministic)
+    return op.render_views(
+        *args, alpha_bound=alpha_bound, jitter=jitter, backend="cuda", deterministic=deterministic
+    )
+
+
+# the same with gradients that repeat
+repeating = functools.partial(fused, deterministic=True)
 
 
 def to(camera: Camera, dtype: torch.dtype) -> Camera:

@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fused_cases import fused
+from fused_cases import fused, repeating
 from ops_cases import rand, random_samples, rays_at
 from test_guided_step import SHAPES, SPEC, T_NEXT, case, ours
 from test_ops_cuda import CASES
@@ -102,7 +102,9 @@ def run_fused() -> None:
         for size, shading in zip(((1, 5, 9), (2, 8, 7), (1, 1, 1)), SHADINGS, strict=True):
             camera = make_camera(*size)
             jitter = make_jitter(camera, scene.marching)
-            scene.run(fused, camera, shading, torch.float32, jitter, random_cotangents(camera))
+            for function in (fused, repeating):
+                cotangents = random_cotangents(camera)
+                scene.run(function, camera, shading, torch.float32, jitter, cotangents)
             scene.run(fused, camera, shading, torch.float32)
 
 

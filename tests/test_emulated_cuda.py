@@ -121,5 +121,6 @@ def test_ops_agree_with_their_twins(module: str) -> None:
 
 
 def test_fused_renderer_agrees_with_its_twin(module: str) -> None:
-    files = [str(TESTS / f"test_{part}.py") for part in ("render_views", "reference_render_golden")]
+    parts = ("render_views", "render_views_deterministic", "reference_render_golden")
+    files = [str(TESTS / f"test_{part}.py") for part in parts]
     _emulated_pytest(module, *files, "-k", "fused or render_views")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_field, relative_error
-from fused_cases import DEVICE, EMULATED, ON_GPU, fused, needs_kernels, to
+from fused_cases import DEVICE, EMULATED, ON_GPU, fused, needs_kernels, repeating, to
 from half_field import half_precision
 from torch import Tensor
 
@@ -123,6 +123,7 @@ def test_agrees_with_the_f64_twin(kind: str, shading: str, size: tuple[int, int,
     jitter, cotangents = make_jitter(camera, scene.marching), random_cotangents(camera)
     exact, exact_grads = scene.run(twin, camera, shading, torch.float64, jitter, cotangents)
     ours, our_grads = scene.run(fused, camera, shading, torch.float32, jitter, cotangents)
+    same, repeating_grads = scene.run(repeating, camera, shading, torch.float32, jitter, cotangents)
     with half_precision():
         # as GradScaler does, lest cotangents vanish in f16
         half, half_grads = scene.run(
@@ -133,11 +134,17 @@ def test_agrees_with_the_f64_twin(kind: str, shading: str, size: tuple[int, int,
         error = relative_error(getattr(ours, name), getattr(exact, name))
         allowed = 2.0 * relative_error(getattr(half, name), getattr(exact, name))
         assert error <= allowed + 2e-6, name  # f32 positions: 1e-7 times slopes of about 20
-    for name, a, e, h in zip(PARAMS, our_grads, exact_grads, half_grads, strict=True):
+        assert torch.equal(getattr(same, name), getattr(ours, name))
+    for name, *both, e, h in zip(
+        PARAMS, our_grads, repeating_grads, exact_grads, half_grads, strict=True
+    ):
         allowed = 2.0 * relative_error(h, e)
-        assert relative_error(a, e) <= allowed + 2e-6, f"grad {name}"
-        if a.norm() > 0:
-            assert relative_error(a, e) < 0.1, f"grad {name}"  # nor may both be wrong
+        for a in both:
+            assert relative_error(a, e) <= allowed + 2e-6, f"grad {name}"
+            if a.norm() > 0:
+                assert relative_error(a, e) < 0.1, f"grad {name}"  # nor may both be wrong
+        # both sum the same numbers: f32's rounding, once an addition
+        assert relative_error(both[1], both[0]) < 2e-6, f"grad {name}"
 
 
 @needs_kernels
@@ -191,22 +198,26 @@ def test_empty_grid_and_no_rays() -> None:
     assert all(not g.any() for g in grads)
     for size in ((1, 0, 8), (1, 8, 0)):
         none = dataclasses.replace(make_camera(1, 1, 1), height=size[1], width=size[2])
-        sums, grads = scene.run(fused, none, "albedo", torch.float32, None, random_cotangents(none))
-        assert sums.rgb.shape == (0, 3) and sums.counts.tolist() == [0, 0]
-        assert all(not g.any() for g in grads)
+        for function in (fused, repeating):
+            sums, grads = scene.run(
+                function, none, "albedo", torch.float32, None, random_cotangents(none)
+            )
+            assert sums.rgb.shape == (0, 3) and sums.counts.tolist() == [0, 0]
+            assert all(not g.any() for g in grads)
 
 
 @needs_kernels
 def test_masked_levels_get_no_gradient() -> None:
     scene, camera = make_scene("random"), make_camera(1, 8, 8)
     scene.active_levels = 3
-    _, (table, w1, _, v1, _) = scene.run(
-        fused, camera, "diffuse", torch.float32, None, random_cotangents(camera)
-    )
-    first = scene.spec.grid.level_offsets[3] * 2
-    assert table[:first].any() and not table[first:].any()
-    for grad in (w1, v1):
-        assert grad[:, :6].any() and not grad[:, 6:].any()
+    for function in (fused, repeating):
+        _, (table, w1, _, v1, _) = scene.run(
+            function, camera, "diffuse", torch.float32, None, random_cotangents(camera)
+        )
+        first = scene.spec.grid.level_offsets[3] * 2
+        assert table[:first].any() and not table[first:].any()
+        for grad in (w1, v1):
+            assert grad[:, :6].any() and not grad[:, 6:].any()
 
 
 def with_params(scene: Scene, **changed: Tensor) -> Scene:
@@ -222,6 +233,10 @@ def test_nan_in_colour_reaches_outputs_and_gradients() -> None:
         fused, camera, "albedo", torch.float32, None, random_cotangents(camera)
     )
     assert sums.rgb.isnan().any() and sums.opacity.isfinite().all()
+    assert all(g.isnan().any() for g in grads)
+    _, grads = broken.run(
+        repeating, camera, "albedo", torch.float32, None, random_cotangents(camera)
+    )
     assert all(g.isnan().any() for g in grads)
 
 
@@ -319,10 +334,19 @@ def test_steps_beyond_the_words_kept_are_not_taken() -> None:
 def test_passes_opcheck() -> None:
     scene, camera = make_scene("random"), to(make_camera(1, 5, 6), torch.float32)
     leaves = [p.to(DEVICE).requires_grad_() for p in scene.params.tensors()]
-    numbers = ([5, 6, 2, 7, 1], [0.07, 0.0, 1e-4, 0.01], list(_native.field_numbers(scene.spec)))
-    inputs = (camera.c2w, camera.fovy, camera.light_positions, None, scene.occupancy.to(DEVICE))
+    views = (camera.c2w, camera.fovy, camera.light_positions, None)
+    inputs = (*views, scene.occupancy.to(DEVICE), None, *leaves)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(op._forward, (*inputs, None, *leaves, *numbers), test_utils=checks)
+    cotangents = [c.to(DEVICE, torch.float32) for c in random_cotangents(camera)]
+    for deterministic in (0, 1):
+        sizes = [5, 6, 2, 7, 1, deterministic]
+        numbers = (sizes, [0.07, 0.0, 1e-4, 0.01], list(_native.field_numbers(scene.spec)))
+        torch.library.opcheck(op._forward, (*inputs, *numbers), test_utils=checks)
+        with torch.no_grad():
+            *sums, _, _, kept, half = op._forward(*inputs, *numbers)
+        weights = [p.detach() for p in leaves[1:]]
+        given = (*views, half, *weights, *sums, kept, *cotangents, *numbers)
+        torch.library.opcheck(op._backward, given, test_utils=("test_faketensor",))
 
 
 @needs_kernels
@@ -339,7 +363,8 @@ def test_without_gradient_nothing_is_kept_for_it() -> None:
 
 @pytest.mark.skipif(not (ON_GPU and _native.has_cuda()), reason="needs a CUDA device")
 @pytest.mark.gpu
-def test_graph_capture_and_side_stream() -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_graph_capture_and_side_stream(deterministic: bool) -> None:
     """No host synchronisation, no hidden state: a replay follows its inputs."""
     scene, camera = make_scene("random"), to(make_camera(2, 33, 31), torch.float32)
     leaves = [p.to(DEVICE, torch.float32).requires_grad_() for p in scene.params.tensors()]
@@ -351,7 +376,7 @@ def test_graph_capture_and_side_stream() -> None:
     def step() -> tuple[list[Tensor], list[Tensor]]:
         sums = op.render_views(
             static, FieldParams(*leaves), scene.spec, 8, occupancy, scene.marching, "diffuse",
-            backend="cuda",
+            backend="cuda", deterministic=deterministic,
         )  # fmt: skip
         outputs = [getattr(sums, name) for name in SUMS]
         grads = torch.autograd.grad(outputs, leaves, cotangents)
@@ -365,6 +390,14 @@ def test_graph_capture_and_side_stream() -> None:
     plain = step()
     for a, b in zip(on_side[0], plain[0], strict=True):
         assert torch.equal(a, b)
+
+    def check(grads: list[Tensor], others: list[Tensor]) -> None:
+        for a, b in zip(grads, others, strict=True):
+            if deterministic:
+                assert torch.equal(a, b)
+            assert relative_error(a, b) < 1e-5  # atomics: another order of additions
+
+    check(on_side[1], plain[1])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
@@ -377,8 +410,7 @@ def test_graph_capture_and_side_stream() -> None:
         outputs, grads = step()
         for a, b in zip(captured[0], outputs, strict=True):
             assert torch.equal(a, b)
-        for a, b in zip(captured[1], grads, strict=True):
-            assert relative_error(a, b) < 1e-5  # atomics: another order of additions
+        check(captured[1], grads)
 
 
 @needs_kernels
@@ -389,7 +421,9 @@ def test_more_tiles_than_32_bits_count_are_refused() -> None:
     lengths, nowhere = [0.01, 0.0, 1e-4, 0.01], [0] * 20
     module = _native.extension()
     assert module.render_views_fwd(0, native, sizes, lengths, nowhere, 0, 0) == 1
-    assert module.render_views_bwd(0, native, sizes, lengths, nowhere, 0, [0] * 11, 0) == 1
+    given = (0, native, sizes, lengths, nowhere, 0, [0] * 11)
+    assert module.render_views_bwd(*given, 0) == 1
+    assert module.render_views_bwd_deterministic(*given, 0, 0, 0, 0, 0) == 1
 
 
 @pytest.mark.slow

@@ -19,12 +19,14 @@
 //
 // Precision: operands of products f16, sums f32. Cotangents are scaled by a power of two a warp and
 // step, so that the largest of the 32 samples is about 2^4; sums are unscaled in f32. The rest
-// f32. Atomics: the order of additions, hence the last bits, differ between runs.
+// f32. Atomics: the order of additions, hence the last bits, differ between runs; there is a
+// deterministic variant, in which they do not (render_bwd_fixed.h).
 // Bytes: per kept sample as many gathered as forward, and up to 16 x 8 x 8 added to the gradients;
 // nothing is stored per sample.
 #include <cuda_runtime.h>
 
 #include "launch.h"
+#include "render_bwd_fixed.h"
 #include "render_bwd_mlps.h"
 #include "render_bwd_table.h"
 #include "render_common.h"
@@ -193,11 +195,32 @@ __device__ __forceinline__ Scale store_color_logits(const Cotangents& c, int lan
   return scale;
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    render_views_bwd_kernel(const RenderViewsArgs a, const RenderViewsGrads grads,
-                            const FusedSpec spec) {
+// ---- kernels -----------------------------------------------------------------------------------
+
+// What becomes of the samples' gradients.
+enum class Pass {
+  kAdd,    // added up in f32, in any order
+  kBound,  // only bounded (render_bwd_fixed.h)
+  kFixed,  // added up in fixed point
+};
+
+// The next tile of a warp; n_tiles or more: none is left. `own` counts the warp's own tiles, where
+// its sums may not depend on which warp came first.
+template <Pass kPass>
+__device__ __forceinline__ uint32_t next_tile(const RenderViewsArgs& a, int lane, uint32_t& own) {
+  if constexpr (kPass != Pass::kFixed) return fetch_tile(a.next_tile, lane);
+  const uint32_t tile = own;
+  own += gridDim.x * kWarps;
+  return tile;
+}
+
+template <Pass kPass>
+__device__ __forceinline__ void walk(const RenderViewsArgs& a, const RenderViewsGrads& grads,
+                                     const RenderViewsSums& sums, const FusedSpec& spec) {
   SDI_DYNAMIC_SHARED(unsigned char, bytes);
   BlockMemory& block = *reinterpret_cast<BlockMemory*>(bytes);
+  [[maybe_unused]] uint32_t* counts = nullptr;
+  if constexpr (kPass == Pass::kBound) counts = clear_counts();
   load_weights(a, spec, block.weights);
   const Weights& weights = block.weights;
   const int lane = threadIdx.x % kWarp;
@@ -209,8 +232,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
   DensitySums density{};
   ColorSums color{};
+  const uint32_t warp = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  uint32_t own = warp;
+  [[maybe_unused]] float scale = 0.0f;
+  if constexpr (kPass == Pass::kFixed) scale = sums.scale[0];
   const uint32_t n_tiles = static_cast<uint32_t>(n_tiles_of(a));
-  for (uint32_t tile; (tile = fetch_tile(a.next_tile, lane)) < n_tiles;) {
+  for (uint32_t tile; (tile = next_tile<kPass>(a, lane, own)) < n_tiles;) {
     const TileRay at = ray_of(a, static_cast<int>(tile), lane);
     KeptWalker walker;
     walker.begin(a, at, lane);
@@ -239,19 +266,53 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         read_sample(spec, x, lane, memory.slope, memory.jacobian, memory.outputs, s);
         sample_cotangents(a, spec, at, ray, x, step, s, r, c);
       }
-      const Scale combined_scale =
-          combine(spec, c, lane, memory.features, memory.jacobian, memory.combined);
+      [[maybe_unused]] Scale combined_scale{};
+      if constexpr (kPass != Pass::kBound) {
+        combined_scale = combine(spec, c, lane, memory.features, memory.jacobian, memory.combined);
+      }
       const Scale color_scale = store_color_logits(c, lane, memory.outputs, memory.color_logits);
       __syncwarp();
-      density_backward(weights, lane, memory.combined, mask, combined_scale.down, density);
-      color_backward(weights, lane, memory, color_scale.down, color);
+      if constexpr (kPass != Pass::kBound) {
+        density_backward(weights, lane, memory.combined, mask, combined_scale.down, density);
+      }
+      color_backward<kPass != Pass::kBound>(weights, lane, memory, color_scale.down, color);
       __syncwarp();
-      scatter(spec, has, u, lane, c, memory.slope, memory.color_features, color_scale.down,
-              grads.grad_table);
+      if constexpr (kPass == Pass::kAdd) {
+        scatter(spec, has, u, lane, c, memory.slope, memory.color_features, color_scale.down,
+                grads.grad_table);
+      } else if constexpr (kPass == Pass::kFixed) {
+        scatter(spec, has, u, lane, c, memory.slope, memory.color_features, color_scale.down,
+                FixedPointer{sums.table, scale});
+      } else if (has) {
+        count_sample(spec, lane, c, memory.slope, memory.color_features, color_scale.down, counts);
+      }
     }
   }
   __syncwarp();
-  add_weights(grads, spec.width, lane, memory, density, color);
+  if constexpr (kPass == Pass::kAdd) add_weights(grads, spec.width, lane, memory, density, color);
+  if constexpr (kPass == Pass::kFixed) {
+    store_weights(sums.weights + static_cast<int64_t>(warp) * kFusedWeights, lane, memory, density,
+                  color);
+  }
+  if constexpr (kPass == Pass::kBound) store_counts(counts, sums.counts);
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    render_views_bwd_kernel(const RenderViewsArgs a, const RenderViewsGrads grads,
+                            const FusedSpec spec) {
+  walk<Pass::kAdd>(a, grads, {}, spec);
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    render_views_bwd_bound_kernel(const RenderViewsArgs a, const RenderViewsGrads grads,
+                                  const RenderViewsSums sums, const FusedSpec spec) {
+  walk<Pass::kBound>(a, grads, sums, spec);
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    render_views_bwd_fixed_kernel(const RenderViewsArgs a, const RenderViewsGrads grads,
+                                  const RenderViewsSums sums, const FusedSpec spec) {
+  walk<Pass::kFixed>(a, grads, sums, spec);
 }
 
 }  // namespace
@@ -267,6 +328,39 @@ int launch_render_views_bwd(const RenderViewsArgs& a, const RenderViewsGrads& gr
   const unsigned blocks = persistent_blocks(kBlocks, (n_tiles + kWarps - 1) / kWarps);
   return launch(render_views_bwd_kernel, blocks, kThreads, sizeof(BlockMemory), stream, a, grads,
                 fused_spec(a.spec));
+}
+
+int64_t render_views_bwd_warps() {
+  return persistent_blocks(kBlocks, kMaxBlocks) * int64_t{kWarps};
+}
+
+int launch_render_views_bwd_deterministic(const RenderViewsArgs& a, const RenderViewsGrads& grads,
+                                          const RenderViewsSums& sums, void* stream) {
+  if (!is_fusable(a)) return kBadArgument;
+  const int64_t n_tiles = n_tiles_of(a);
+  if (n_tiles == 0) return kOk;
+  if (!a.kept || a.n_words < 2) return kBadArgument;
+  const int64_t n_active = a.spec.grid.offset[a.spec.active_levels] * kFusedFeatures;
+  for (const int status : {clear(a.next_tile, sizeof(uint32_t), stream),
+                           clear(sums.counts, kExponents * sizeof(uint64_t), stream),
+                           clear(sums.table, n_active * sizeof(uint64_t), stream)}) {
+    if (status != kOk) return status;
+  }
+  constexpr size_t kShared = sizeof(BlockMemory);
+  if (!allow_shared(render_views_bwd_bound_kernel, kShared)) return kCudaError;
+  if (!allow_shared(render_views_bwd_fixed_kernel, kShared)) return kCudaError;
+  const FusedSpec spec = fused_spec(a.spec);
+  const unsigned blocks = persistent_blocks(kBlocks, (n_tiles + kWarps - 1) / kWarps);
+  int status = launch(render_views_bwd_bound_kernel, blocks, kThreads, kShared, stream, a, grads,
+                      sums, spec);
+  if (status != kOk) return status;
+  status = launch(fixed_scale_kernel, 1, kExponents, 0, stream, sums);
+  if (status != kOk) return status;
+  status = launch(render_views_bwd_fixed_kernel, blocks, kThreads, kShared, stream, a, grads, sums,
+                  spec);
+  if (status != kOk) return status;
+  return launch_fixed_to_float(sums, n_active, static_cast<int>(blocks) * kWarps, spec.width, grads,
+                               stream);
 }
 
 }  // namespace cuda

@@ -96,7 +96,9 @@ __device__ __forceinline__ void density_backward(const Weights& w, int lane,
   }
 }
 
-// Leaves V1^T gate in `color_features`, scaled as the cotangents in `outputs` are.
+// Leaves V1^T gate in `color_features`, scaled as the cotangents in `outputs` are. Without sums
+// that is all.
+template <bool kWithSums>
 __device__ __forceinline__ void color_backward(const Weights& w, int lane, WarpMemory& memory,
                                                float unscale, ColorSums& sums) {
   uint32_t samples[2][2][4], rows[2][4][2], logits[4];
@@ -146,6 +148,7 @@ __device__ __forceinline__ void color_backward(const Weights& w, int lane, WarpM
     for (int m = 0; m < 2; ++m) {
       for (int n = 0; n < 4; ++n) mma_16816(q[m][n], gated[m], back[n][0], back[n][1]);
     }
+    if constexpr (!kWithSums) continue;
     uint32_t turned[2][4];
     float v2_sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     for (int m = 0; m < 2; ++m) {
@@ -168,6 +171,14 @@ __device__ __forceinline__ void color_backward(const Weights& w, int lane, WarpM
 }
 
 // ---- what a warp has summed ---------------------------------------------------------------------
+
+// Over a fragment's rows, i.e. the lanes of the same t.
+__device__ __forceinline__ float sum_over_rows(float sum) {
+  for (int offset = 4; offset < kWarp; offset *= 2) {
+    sum += __shfl_xor_sync(kAllLanes, sum, offset);
+  }
+  return sum;
+}
 
 // A C fragment of 16 units by 8 inputs onto W's gradient.
 __device__ __forceinline__ void add_fragment(float* grad, int width, int unit, int input, int lane,
@@ -192,10 +203,7 @@ __device__ __forceinline__ void add_weights(const RenderViewsGrads& grads, int w
     }
     for (int i = 0; i < 2; ++i) {
       for (int e = 0; e < 2; ++e) {
-        float sum = density.w2[j][i][e];  // over the rows, i.e. lanes of the same t
-        for (int offset = 4; offset < kWarp; offset *= 2) {
-          sum += __shfl_xor_sync(kAllLanes, sum, offset);
-        }
+        const float sum = sum_over_rows(density.w2[j][i][e]);
         if (g == 0) atomicAdd(grads.grad_density_w2 + 16 * j + 8 * i + 2 * t + e, sum);
       }
     }

@@ -1,5 +1,5 @@
 // The fused renderer's gradient of the hash table: first-order and normal parts in one scatter
-// (render_bwd.cu has the formulas).
+// (render_bwd.cu has the formulas), onto f32 (float*) or fixed point (render_bwd_fixed.h).
 #pragma once
 
 #include "render_common.h"
@@ -18,7 +18,8 @@ struct Cotangents {
 };
 
 // Adds this lane's pair of values at each corner to the table's gradient.
-__device__ __forceinline__ void add_corners(float* entries, const uint32_t (&index)[8],
+template <class Pointer>
+__device__ __forceinline__ void add_corners(Pointer entries, const uint32_t (&index)[8],
                                             const float (&v)[16]) {
 #pragma unroll
   for (int k = 0; k < 8; k += 2) {
@@ -48,14 +49,15 @@ __device__ __forceinline__ void add_runs(uint32_t heads, int lane, float (&v)[16
   }
 }
 
+template <class Pointer>
 __device__ __forceinline__ void scatter(const FusedSpec& spec, bool is_live, const float u[3],
                                         int lane, const Cotangents& c, const FloatTile& slope,
                                         const FloatTile& color_features, float unscale,
-                                        float* grad_table) {
+                                        Pointer grad_table) {
 #pragma unroll 1
   for (int l = 0; l < spec.active_levels; ++l) {
     const FusedLevel& level = spec.levels[l];
-    float* entries = grad_table + 2ll * level.offset;
+    const Pointer entries = grad_table + 2ll * level.offset;
     float v[16] = {};
     uint32_t index[8] = {}, key = 0xffffffffu;
     if (is_live) {

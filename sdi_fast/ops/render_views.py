@@ -53,12 +53,18 @@ def render_views(
     alpha_bound: Tensor | None = None,  # [] density * dt; the threshold where that is lower
     jitter: Tensor | None = None,  # [R] scene units, in [0, step_size)
     backend: str = "auto",
+    deterministic: bool = False,
 ) -> RaySums:
     """Per-ray sums over the samples that can be seen, R = B * height * width rays.
 
     Gradients go to the five parameters (f32), through colour, opacity, depth, normals, z_variance
     and orient. On CUDA table and products are f16, sums f32: entries of the table, their
     differences between neighbours, first-layer weights and density_w2 have to stay below 65504.
+
+    Args:
+        deterministic: gradients that repeat bit by bit on GPUs of one kind. The kernels then take
+            the samples twice and 8 bytes more for every number of the table. The sums repeat either
+            way; the twin's gradients do under torch.use_deterministic_algorithms.
 
     Raises:
         SDIFastError: for tensors that do not fit each other, an unknown shading, or on CUDA a field
@@ -91,7 +97,16 @@ def render_views(
         )
     check_tensor("camera.c2w", camera.c2w, tuple(camera.c2w.shape), dtype=torch.float32)
     return _run(
-        camera, params, spec, active_levels, occupancy, marching, shading, alpha_bound, jitter
+        camera,
+        params,
+        spec,
+        active_levels,
+        occupancy,
+        marching,
+        shading,
+        alpha_bound,
+        jitter,
+        deterministic,
     )
 
 
@@ -138,9 +153,11 @@ def _run(
     shading: str,
     alpha_bound: Tensor | None,
     jitter: Tensor | None,
+    deterministic: bool = False,
 ) -> RaySums:
     wants_grad = torch.is_grad_enabled() and any(p.requires_grad for p in params.tensors())
-    sizes = [camera.height, camera.width, SHADINGS.index(shading), active_levels, int(wants_grad)]
+    flags = [int(wants_grad), int(deterministic)]
+    sizes = [camera.height, camera.width, SHADINGS.index(shading), active_levels, *flags]
     m = marching
     lengths = [m.step_size, m.near, m.early_stop_eps, m.alpha_threshold]
     given = (camera.c2w, camera.fovy, camera.light_positions, jitter, occupancy, alpha_bound)
@@ -152,8 +169,8 @@ def _run(
 
 _SCENE = "Tensor c2w, Tensor fovy, Tensor lights, Tensor? jitter"
 _WEIGHTS = "Tensor density_w1, Tensor density_w2, Tensor color_w1, Tensor color_w2"
-# height, width, shading, active levels, whether a backward follows; step size, near, early stop's
-# transmittance, alpha threshold; the field as _native.field_numbers
+# height, width, shading, active levels, whether a backward follows, whether it has to repeat; step
+# size, near, early stop's transmittance, alpha threshold; the field as _native.field_numbers
 _NUMBERS = "int[] sizes, float[] lengths, float[] spec"
 
 
@@ -201,8 +218,9 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     grads = (c2w.new_zeros(half.shape), *(torch.zeros_like(w) for w in weights))
     # the forward's order; what only it reads is null
     addresses = [c2w, fovy, lights, _or_null(jitter), 0, 0, half, *weights, *sums, 0, 0, kept, 0]
+    deterministic = bool(sizes[5])
     call(
-        "render_views_bwd",
+        "render_views_bwd_deterministic" if deterministic else "render_views_bwd",
         c2w,
         native_field(tuple(spec), sizes[3]),
         _native_sizes(c2w, sizes, kept, 1),
@@ -210,8 +228,22 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
         [_address(t) for t in addresses],
         c2w.new_empty(1, dtype=torch.int32),
         [_address(t) for t in (*cotangents, *grads)],
+        *(_repeating_sums(half) if deterministic else ()),
     )
     return grads
+
+
+def _repeating_sums(half: Tensor) -> tuple[Tensor, ...]:
+    """csrc/render.h RenderViewsSums: the table's, the weights', and what scales the former."""
+    module = extension()
+    with torch.cuda.device_of(half):
+        n_warps = module.render_views_bwd_warps()
+    return (
+        half.new_empty(half.shape, dtype=torch.int64),
+        half.new_empty((n_warps, module.RENDER_VIEWS_WEIGHTS), dtype=torch.float32),
+        half.new_empty(256, dtype=torch.int64),
+        half.new_empty(2, dtype=torch.float32),
+    )
 
 
 def _contiguous(tensors: tuple[Tensor | None, ...]) -> list[Any]:
