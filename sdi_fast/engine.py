@@ -125,7 +125,12 @@ class Engine:
         return Scene(
             field=field,
             background=background,
-            renderer=Renderer(config.field, config.render, backend=backend),
+            renderer=Renderer(
+                config.field,
+                config.render,
+                backend=backend,
+                deterministic=config.engine.deterministic,
+            ),
             occupancy=OccupancyGrid(
                 config.render, radius=config.field.radius, device=self.device, backend=backend
             ),

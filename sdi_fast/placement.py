@@ -31,8 +31,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def choose_backend(config: EngineConfig, device: torch.device) -> str:
-    """The ops' backend. In deterministic mode "auto" means PyTorch on a GPU: our kernels add the
-    table's gradients in whatever order their blocks come."""
+    """The ops' backend. In deterministic mode "auto" means PyTorch on a GPU: our single ops add the
+    table's gradients in whatever order their blocks come. "cuda", asked for by name, has a fused
+    renderer whose gradients repeat (ops.render_views), and nothing else where it does not fit."""
     if config.deterministic and device.type == "cuda" and config.backend == "auto":
         return "reference"
     return config.backend

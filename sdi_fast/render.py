@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .config import FieldConfig, RenderConfig
 from .constants import NORMALIZE_EPS
+from .ops._native import has_cuda
 from .ops.background import background as background_op
 from .ops.composite import composite
 from .ops.field import density as density_op
@@ -71,10 +72,15 @@ class Renderer:
 
     Args:
         backend: of the ops, see `sdi_fast.ops`.
+        deterministic: gradients that repeat bit by bit; see `ops.render_views`.
     """
 
     def __init__(
-        self, field_config: FieldConfig, render_config: RenderConfig, backend: str = "auto"
+        self,
+        field_config: FieldConfig,
+        render_config: RenderConfig,
+        backend: str = "auto",
+        deterministic: bool = False,
     ) -> None:
         if render_config.n_samples_per_ray < 1:
             raise SDIFastError(
@@ -90,6 +96,7 @@ class Renderer:
         self.radius = field_config.radius
         self.step_size = render_config.step_size(field_config.radius)
         self.backend = backend
+        self.deterministic = deterministic
 
     def render(
         self,
@@ -133,7 +140,8 @@ class Renderer:
         """Whether the fused kernels render `field` on `like`'s device, in its dtype.
 
         Raises:
-            SDIFastError: where they are asked for and cannot.
+            SDIFastError: where they are asked for and cannot, or where gradients have to repeat and
+                would be added up by atomics.
         """
         if self.config.precision == "fp32" or self.backend not in ("auto", "cuda"):
             can = False
@@ -144,6 +152,14 @@ class Renderer:
                 'render.precision: "fp16" needs backend "auto" or "cuda", a CUDA device, an '
                 "extension built with nvcc and a field that sdi_fast.ops.render_views takes; "
                 f"got backend {self.backend!r}, device {like.device}"
+            )
+        adds_in_any_order = like.is_cuda and has_cuda() and self.backend in ("auto", "cuda")
+        if self.deterministic and not can and adds_in_any_order:
+            raise SDIFastError(
+                "deterministic: the single CUDA ops add up the table's gradients in any order; "
+                'expected render.precision "auto" or "fp16" and a field that '
+                'sdi_fast.ops.render_views takes, or backend "reference", got precision '
+                f"{self.config.precision!r}, backend {self.backend!r}"
             )
         return can
 
@@ -169,6 +185,7 @@ class Renderer:
             alpha_bound=occupancy.mean_tensor(),
             jitter=jitter,
             backend=self.backend,
+            deterministic=self.deterministic,
         )
         return sums, sums.counts[0]
 

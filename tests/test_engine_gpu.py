@@ -20,6 +20,7 @@ from sdi_fast.constants import MAX_BAD_STEPS
 from sdi_fast.diffusion.pipeline import Pipeline, load_pipeline
 from sdi_fast.engine import STEPS_AHEAD, Engine, NonFiniteError
 from sdi_fast.reference.philox import philox_normal
+from sdi_fast.types import SDIFastError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -380,13 +381,19 @@ def test_too_little_memory_says_what_to_lower(
 # ---- deterministic ------------------------------------------------------------------------------
 
 
-def test_deterministic_runs_repeat_every_bit_resumed_or_not(pipeline: Pipeline) -> None:
+@pytest.mark.parametrize("backend", ["auto", "cuda"])
+def test_deterministic_runs_repeat_every_bit_resumed_or_not(
+    pipeline: Pipeline, backend: str
+) -> None:
+    """With PyTorch's ops, and with the fused renderer in graphs, that is asked for by name."""
+
     def run(until: int, state: dict[str, Tensor] | None = None) -> Engine:
         engine = engine_of(
             load_pipeline(CONFIG.model, "cuda"),
-            engine={"deterministic": True},
+            engine={"deterministic": True, "backend": backend},
             render={"ambient_only_steps": 4, "occupancy_every": 4},
         )
+        assert (engine.graphs is not None) == (backend == "cuda")
         if state is not None:
             engine.load_state_tensors(state)
         engine.run(until=until)
@@ -406,3 +413,9 @@ def test_the_config_decides_what_is_captured(pipeline: Pipeline) -> None:
     assert config.engine.graphs is None
     assert engine_of(pipeline, render={"precision": "fp32"}).graphs is None
     assert engine_of(pipeline, engine={"deterministic": True}).graphs is None
+    with pytest.raises(SDIFastError, match="deterministic: the single CUDA ops"):
+        engine_of(
+            pipeline,
+            engine={"deterministic": True, "backend": "cuda"},
+            render={"precision": "fp32"},
+        )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +13,14 @@ from conftest import relative_error
 from torch import Tensor
 
 import sdi_fast.render
+from sdi_fast import reference
 from sdi_fast.camera import orbit_cameras, sample_cameras, select_views
 from sdi_fast.config import CameraConfig, FieldConfig, LossConfig, RenderConfig
 from sdi_fast.field import EnvironmentBackground, NeRFField
 from sdi_fast.losses import render_losses
 from sdi_fast.occupancy import OccupancyGrid
 from sdi_fast.render import Renderer, choose_shading
-from sdi_fast.types import Camera, RenderOutput, SDIFastError
+from sdi_fast.types import Camera, RaySums, RenderOutput, SDIFastError
 
 FIELD = FieldConfig(
     n_levels=4,
@@ -209,6 +212,51 @@ def test_deterministic_mode_repeats_every_bit(scene: Scene) -> None:
         torch.use_deterministic_algorithms(before)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_fused_renderer_hears_of_determinism(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    heard = []
+
+    def render_views(*args: Any, **options: Any) -> RaySums:
+        heard.append(options.pop("deterministic"))
+        return reference.render_views(*args, alpha_bound=options["alpha_bound"])
+
+    monkeypatch.setattr(sdi_fast.render, "can_fuse", lambda *_: True)
+    monkeypatch.setattr(sdi_fast.render, "render_views", render_views)
+    renderer = Renderer(FIELD, RENDER, deterministic=deterministic)
+    renderer.render(scene.field, scene.background, scene.occupancy, orbit(), 0, "albedo")
+    assert heard == [deterministic]
+
+
+@pytest.mark.parametrize(
+    ("backend", "has_cuda", "is_refused"),
+    [
+        ("cuda", True, True),
+        ("auto", True, True),
+        ("auto", False, False),
+        ("reference", True, False),
+    ],
+)
+def test_atomics_are_refused_where_gradients_have_to_repeat(
+    scene: Scene,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    has_cuda: bool,
+    is_refused: bool,
+) -> None:
+    monkeypatch.setattr(sdi_fast.render, "has_cuda", lambda: has_cuda)
+    config = dataclasses.replace(RENDER, precision="fp32")
+    like: Any = types.SimpleNamespace(is_cuda=True, device="cuda")
+    assert not Renderer(FIELD, config, backend).is_fused(scene.field, like)
+    renderer = Renderer(FIELD, config, backend, deterministic=True)
+    if is_refused:
+        with pytest.raises(SDIFastError, match="deterministic: the single CUDA ops"):
+            renderer.is_fused(scene.field, like)
+    else:
+        assert not renderer.is_fused(scene.field, like)
 
 
 def test_chunks_do_not_show(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
