@@ -124,9 +124,7 @@ def _level(t: int | None) -> str:
 
 def _sentence(row: Comparison) -> str:
     level = f"mean over t = {_level(None)}" if row.t is None else f"t = {row.t}"
-    faster = f"{row.ratio:.2f}x" if row.ratio >= 1.0 else f"{1.0 / row.ratio:.2f}x"
+    ratio = max(row.ratio, 1.0 / row.ratio)
     verb = "faster" if row.ratio >= 1.0 else "slower"
-    return (
-        f"stored: {row.device}, {row.candidate}, {level}: {row.stored_ms:.1f} ms; "
-        f"here {faster} {verb}"
-    )
+    here = f"here {ratio:.2f}x {verb}" if ratio >= 1.005 else "here as fast"
+    return f"stored: {row.device}, {row.candidate}, {level}: {row.stored_ms:.1f} ms; {here}"
