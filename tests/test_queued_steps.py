@@ -112,10 +112,14 @@ def test_a_wait_that_is_interrupted_can_be_repeated(tmp_path: Path) -> None:
 
     writer = CheckpointWriter(tmp_path, Config(), threaded=True)
     writer.save(1, snapshot(finish=finish), in_bad_streak=False)
-    timer = threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        writer.wait()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+    try:
+        timer = threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            writer.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
     timer.join()
     threading.Timer(0.2, arrived.set).start()
     writer.wait()
