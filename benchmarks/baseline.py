@@ -25,12 +25,12 @@ from sdi_fast.camera import camera_to, sample_cameras
 from sdi_fast.config import Config
 from sdi_fast.constants import NORMALIZE_EPS
 from sdi_fast.diffusion.pipeline import Pipeline
-from sdi_fast.diffusion.schedule import annealed_timestep
-from sdi_fast.engine import resolve_device
+from sdi_fast.diffusion.schedule import annealed_timestep, draw_delta
 from sdi_fast.field import EnvironmentBackground, NeRFField
 from sdi_fast.guidance import SDI
 from sdi_fast.losses import RAY_LOSS_NAMES, loss_weights
 from sdi_fast.occupancy import OccupancyGrid
+from sdi_fast.placement import resolve_device
 from sdi_fast.render import choose_shading
 from sdi_fast.types import Camera, MarchSpec, RaySums
 
@@ -268,9 +268,8 @@ class BaselineStep:
         )
         # deltas come from the host's generator: one on the GPU would have to be waited for
         if beyond is None:
-            u = torch.rand(len(level), generator=self.host, dtype=torch.float64)
             n_train = self.pipeline.schedule.n_train_steps
-            beyond = (u * n_train / guidance.inversion_n_steps).long()
+            beyond = draw_delta(len(level), self.host, guidance, n_train)
         out = self.guidance.target(latents.detach(), condition, level, self.generator, delta=beyond)
         return out.target, int(level[0]), out.n_unet_calls
 

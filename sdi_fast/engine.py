@@ -24,7 +24,7 @@ from .config import Config
 from .constants import MAX_BAD_STEPS
 from .diffusion.modules import cudnn_benchmark
 from .diffusion.pipeline import Pipeline, load_pipeline
-from .diffusion.schedule import annealed_timestep, draw_delta
+from .diffusion.schedule import annealed_timestep, draw_delta, draw_normal
 from .field import EnvironmentBackground, NeRFField
 from .guidance import Guidance, GuidanceOutput, make_guidance
 from .losses import loss_weights
@@ -223,12 +223,11 @@ class Engine:
         camera = sample_cameras(config.camera, self.generator)
         shading = choose_shading(step, config.render, self.generator)
         buffers.load(camera, loss_weights(config.loss, step))
-        draws: dict[str, Any] = {"generator": self.noise, "device": self.noise.device}
         if config.render.randomized:
-            jitter = torch.rand(buffers.jitter.shape, **draws)
-            buffers.jitter.copy_(jitter * self.renderer.step_size)
+            buffers.jitter.copy_(self.renderer.draw_jitter(len(buffers.jitter), self.noise))
         if config.guidance.sample_posterior:
-            buffers.posterior.copy_(torch.randn(buffers.posterior.shape, **draws))
+            shape = buffers.posterior.shape
+            buffers.posterior.copy_(draw_normal(shape, self.noise, buffers.posterior))
         return shading
 
     def _target(

@@ -120,8 +120,11 @@ class Renderer:
             SDIFastError: for an unknown shading or tensors that do not fit each other.
         """
         rays = self._rays(camera)
-        if jitter is None:
-            jitter = self._jitter(rays, jitter_generator)
+        if jitter is None and jitter_generator is not None:
+            origins = rays.origins
+            jitter = self.draw_jitter(rays.n_rays, jitter_generator, origins.dtype).to(
+                origins.device
+            )
         active = field.active_levels(step)
         sums: RaySums | Composited
         n_samples: int | Tensor
@@ -228,14 +231,12 @@ class Renderer:
             backend=self.backend,
         )
 
-    def _jitter(self, rays: Rays, generator: torch.Generator | None) -> Tensor | None:
-        """One offset [R] in [0, step) a ray, drawn on the generator's device."""
-        if generator is None:
-            return None
-        u = torch.rand(
-            rays.n_rays, generator=generator, device=generator.device, dtype=rays.origins.dtype
-        )
-        return u.to(rays.origins.device) * self.step_size
+    def draw_jitter(
+        self, n_rays: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """One offset [R] in [0, step_size) a ray, on the generator's device."""
+        u = torch.rand(n_rays, generator=generator, device=generator.device, dtype=dtype)
+        return u * self.step_size
 
     def _composite(
         self,

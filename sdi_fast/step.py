@@ -22,6 +22,7 @@ step that has them (the first one runs them kernel by kernel, which loads and tu
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -56,7 +57,7 @@ class StepBuffers:
     ) -> None:
         b = config.batch_size
         self.device = device
-        n_of = {name: b * _prod(shape) for name, shape in CAMERA_FIELDS.items()}
+        n_of = {name: b * math.prod(shape) for name, shape in CAMERA_FIELDS.items()}
         self._numbers = torch.zeros(sum(n_of.values()) + len(WEIGHT_NAMES), device=device)
         *parts, self.weights = self._numbers.split([*n_of.values(), len(WEIGHT_NAMES)])
         views = {
@@ -258,10 +259,3 @@ def run_eagerly(
         captured: whether a later step of its kind will be.
     """
     return RunningStep(halves, halves.first(step, shading, captured=captured), None)
-
-
-def _prod(shape: tuple[int, ...]) -> int:
-    product = 1
-    for n in shape:
-        product *= n
-    return product

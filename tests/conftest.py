@@ -143,6 +143,14 @@ def golden_guidance_cases() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model in Stable Diffusion's layout; to be read alone."""
+    from tiny_sd import make_tiny_sd
+
+    return make_tiny_sd(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
 def golden_spec(golden_render_cases: dict[str, Any]) -> FieldSpec:
     """The golden field's geometry."""
     grid = golden_render_cases["config"]["pos_encoding_config"]

@@ -39,6 +39,14 @@ def small_config(tiny: Path, prompt: str, steps: int = 4, *more: str) -> Config:
     return config_from_dict(tree, base_config(prompt, str(tiny)))
 
 
+def small_auto_config(tiny: Path, *more: str) -> Config:
+    """The same of the model's own length, on whatever device there is."""
+    config = base_config("a mug", str(tiny))
+    for setting in (*SMALL, *more):
+        config = config_from_dict(parse_assignment(setting), config)
+    return config
+
+
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     """The command line in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

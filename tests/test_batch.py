@@ -17,7 +17,6 @@ import pytest
 import torch
 from rich.console import Console
 from small_runs import small_config, small_run, start, wait_for
-from tiny_sd import make_tiny_sd
 
 import sdi_fast
 from sdi_fast import batch, cli
@@ -36,11 +35,6 @@ from sdi_fast.types import SDIFastError
 PROMPTS = ["a red mushroom", "a blue house", "a green car"]
 RESULTS = ("field.safetensors", "mesh.glb", "preview_00_color.png", "preview_00_normal.png")
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total\ncapacity of 2"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_sd(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def prompt_file(folder: Path, prompts: list[str] = PROMPTS) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 from small_runs import small_run, start, wait_for
-from tiny_sd import make_tiny_sd
 
 from sdi_fast import cli
 from sdi_fast.checkpoint import list_checkpoints
@@ -23,11 +22,6 @@ FILES = {
     "config.yaml", "metrics.json", "field.safetensors", "mesh.glb", "preview_00_color.png",
     "preview_00_normal.png", "preview_00_depth.png",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_sd(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def read_glb_magic(path: Path) -> bytes:

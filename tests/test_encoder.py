@@ -19,11 +19,6 @@ from sdi_fast.types import SDIFastError
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    return make_tiny_sd(tmp_path_factory.mktemp("tiny") / "sd")
-
-
-@pytest.fixture(scope="module")
 def pipeline(tiny: Path) -> Pipeline:
     return load_pipeline(ModelConfig(id=str(tiny)))
 

@@ -12,12 +12,11 @@ import pytest
 import torch
 from conftest import relative_error
 from safetensors.torch import load_file
-from small_runs import SMALL
-from tiny_sd import make_tiny_sd
+from small_runs import small_auto_config
 
-from sdi_fast.api import base_config, generate
+from sdi_fast.api import generate
 from sdi_fast.config import SPEEDS, Config, GuidanceConfig, ModelConfig, toyworld_config
-from sdi_fast.config_io import config_from_dict, parse_assignment
+from sdi_fast.config_io import config_from_dict
 from sdi_fast.diffusion.denoiser import Denoiser, choose_denoiser
 from sdi_fast.diffusion.fast_unet import FastUNet
 from sdi_fast.diffusion.pipeline import load_pipeline
@@ -27,18 +26,6 @@ from sdi_fast.types import SDIFastError
 
 FAST = {"model": {"denoiser": "fast", "encoder": "fast"}, "guidance": {"static": True}}
 TOLERANCE = 1e-5  # f32, sums in another order; see test_fast_unet.py
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_sd(tmp_path_factory.mktemp("model") / "tiny")
-
-
-def small_config(tiny: Path, *more: str) -> Config:
-    config = base_config("a mug", str(tiny))
-    for setting in (*SMALL, *more):
-        config = config_from_dict(parse_assignment(setting), config)
-    return config
 
 
 def test_a_config_chooses_the_components(tiny: Path) -> None:
@@ -119,7 +106,7 @@ def stop_after(n: int) -> Any:
 def test_a_static_run_resumed_equals_an_unbroken_one(
     speed: str, tiny: Path, tmp_path: Path
 ) -> None:
-    config = config_from_dict(FAST, small_config(tiny, "engine.deterministic=true"))
+    config = config_from_dict(FAST, small_auto_config(tiny, "engine.deterministic=true"))
     config = config_from_dict({"guidance": {"speed": speed}}, config)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     result = generate(config, out=whole, steps=6)

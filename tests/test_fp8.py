@@ -12,15 +12,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import relative_error
-from small_runs import SMALL
+from small_runs import small_auto_config
 from test_fast_unet import UNETS, inputs, randomise, sd21_topology
 from test_rows8 import needs_product
-from tiny_sd import make_tiny_sd
 
 from sdi_fast import cli
-from sdi_fast.api import base_config
 from sdi_fast.config import SPEEDS, Config, ModelConfig, toyworld_config
-from sdi_fast.config_io import config_from_dict, parse_assignment
+from sdi_fast.config_io import config_from_dict
 from sdi_fast.diffusion.denoiser import Denoiser, choose_denoiser
 from sdi_fast.diffusion.fast_unet import FastUNet, FastUNetOptions
 from sdi_fast.diffusion.fast_unet.fp8 import quantise_weight
@@ -178,18 +176,6 @@ def test_torchs_own_product_in_the_whole(small: Any, monkeypatch: pytest.MonkeyP
 # ---- from a config --------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_sd(tmp_path_factory.mktemp("model") / "tiny")
-
-
-def small_config(tiny: Path, *more: str) -> Config:
-    config = base_config("a mug", str(tiny))
-    for setting in (*SMALL, *more):
-        config = config_from_dict(parse_assignment(setting), config)
-    return config
-
-
 def test_nothing_asks_for_it_by_itself() -> None:
     assert FastUNetOptions().linears == "exact"
     assert Config().model.unet_linears == toyworld_config().model.unet_linears == "exact"
@@ -199,11 +185,11 @@ def test_nothing_asks_for_it_by_itself() -> None:
 @pytest.mark.parametrize("denoiser", ["fast", "auto"])
 def test_a_run_says_what_it_took(tiny: Path, denoiser: str) -> None:
     settings = (f"model.denoiser={denoiser}", "model.unet_linears=fp8")
-    engine = Engine(small_config(tiny, *settings))
+    engine = Engine(small_auto_config(tiny, *settings))
     assert engine.ran["unet_linears"] == "fp8" and engine.ran["denoiser"] == "fast"
     engine.run(until=1)
     assert len(engine.history) == 1
-    assert Engine(small_config(tiny)).ran["unet_linears"] == "exact"
+    assert Engine(small_auto_config(tiny)).ran["unet_linears"] == "exact"
 
 
 def test_it_is_set_by_set(capsys: pytest.CaptureFixture[str]) -> None:

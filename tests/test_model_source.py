@@ -21,11 +21,6 @@ from sdi_fast.diffusion.pipeline import load_pipeline
 from sdi_fast.types import SDIFastError
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    return make_tiny_sd(tmp_path_factory.mktemp("tiny") / "sd")
-
-
 @pytest.fixture
 def copy(tiny: Path, tmp_path: Path) -> Path:
     """A copy to break."""

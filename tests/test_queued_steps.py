@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from small_runs import small_config
-from tiny_sd import make_tiny_sd
 
 import sdi_fast.step as step_module
 from sdi_fast.checkpoint import CheckpointWriter, list_checkpoints, load_latest
@@ -24,11 +23,6 @@ from sdi_fast.engine import Engine, NonFiniteError
 from sdi_fast.readback import Snapshot, StepMetrics
 from sdi_fast.run_loop import start_run
 from sdi_fast.step import RunningStep, StepGraphs
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_sd(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def snapshot(value: float = 0.0, bad_steps: int = 0, finish: Any = dict) -> Snapshot:

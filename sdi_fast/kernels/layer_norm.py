@@ -61,6 +61,15 @@ def _layer_norm(
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
+def rows_of_a_program(n_rows: int, block: int) -> int:
+    """As many as a program's registers hold, so that they share weight, bias and shift, but few
+    enough to keep all processors busy."""
+    rows = max(1, min(8, 4096 // block))
+    while rows > 1 and triton.cdiv(n_rows, rows) < 2 * PROCESSORS:
+        rows //= 2
+    return rows
+
+
 def layer_norm(
     x: Tensor,  # [M, C] contiguous
     weight: Tensor,  # [C]
@@ -75,9 +84,7 @@ def layer_norm(
     if out.numel() == 0:
         return out
     block = triton.next_power_of_2(c)
-    rows = max(1, min(8, 4096 // block))  # share weight, bias and shift
-    while rows > 1 and triton.cdiv(n_rows, rows) < 2 * PROCESSORS:
-        rows //= 2
+    rows = rows_of_a_program(n_rows, block)
     with torch.cuda.device_of(x):
         _layer_norm[(triton.cdiv(n_rows, rows),)](
             x, weight, bias, x if shift is None else shift, out, n_rows, eps,

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import HAS_PTX, gelu
-from .layer_norm import PROCESSORS, normalise
+from .layer_norm import PROCESSORS, normalise, rows_of_a_program
 
 E4M3_MAX = tl.constexpr(448.0)
 PER_E4M3_MAX = tl.constexpr(1.0 / 448.0)
@@ -147,14 +147,6 @@ def _empty(like: Tensor, n_columns: int) -> Rows8:
     return values, like.new_empty((like.shape[0], 1), dtype=torch.float32)
 
 
-def _rows_of_a_program(n_rows: int, block: int) -> int:
-    """As many as keep a program's registers and the processors busy; as layer_norm.py."""
-    rows = max(1, min(8, 4096 // block))
-    while rows > 1 and triton.cdiv(n_rows, rows) < 2 * PROCESSORS:
-        rows //= 2
-    return rows
-
-
 def quantise_rows(
     x: Tensor,  # [M, K] contiguous
 ) -> Rows8:
@@ -164,7 +156,7 @@ def quantise_rows(
     if values.numel() == 0:
         return values, scale
     block = triton.next_power_of_2(n_columns)
-    rows = _rows_of_a_program(n_rows, block)
+    rows = rows_of_a_program(n_rows, block)
     with torch.cuda.device_of(x):
         _quantise_rows[(triton.cdiv(n_rows, rows),)](
             x, values, scale, n_rows, n_columns=n_columns, block=block, rows=rows, num_warps=4,
@@ -187,7 +179,7 @@ def layer_norm8(
     if values.numel() == 0:
         return values, scale
     block = triton.next_power_of_2(c)
-    rows = _rows_of_a_program(n_rows, block)
+    rows = rows_of_a_program(n_rows, block)
     with torch.cuda.device_of(x):
         _layer_norm8[(triton.cdiv(n_rows, rows),)](
             x, x if added is None else added, weight, bias, x if shift is None else shift,

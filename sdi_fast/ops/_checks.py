@@ -63,6 +63,17 @@ def check_activation(
     check_tensor(name, value, shape, dtype=value.dtype, like=like)
 
 
+def check_gated(
+    x: Tensor,  # [M, 2 F]: values, then gates
+    bias: Tensor,  # [2 F]
+) -> None:
+    """Raise SDIFastError unless these are what GEGLU takes."""
+    check_activation("x", x, (None, None))
+    if x.shape[1] % 2:
+        raise SDIFastError(f"x: expected an even number of columns, got {x.shape[1]}")
+    check_activation("bias", bias, (x.shape[1],), x)
+
+
 def check_positive(name: str, value: float, *, zero_ok: bool = False) -> None:
     """Raise SDIFastError unless `value` is a finite number above zero (or zero, if allowed)."""
     good = isinstance(value, int | float) and math.isfinite(value)

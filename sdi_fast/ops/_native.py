@@ -98,6 +98,11 @@ def resolve_backend(op: str, tensor: Tensor, backend: str, native: tuple[str, ..
     return backend
 
 
+def use_triton(op: str, tensor: Tensor, backend: str) -> bool:
+    """Whether `op`, which has Triton kernels and a twin, runs `tensor` on the former."""
+    return resolve_backend(op, tensor, backend, ("triton",)) == "triton"
+
+
 def _serves(backend: str, device: str) -> bool:
     """Whether "auto" may choose `backend` for tensors on `device`."""
     if backend == "triton":

@@ -13,15 +13,11 @@ from torch import Tensor
 from ..reference import rows8 as reference
 from ..reference.rows8 import E4M3, Rows8
 from ..types import SDIFastError
-from ._checks import check_activation, check_tensor
-from ._native import resolve_backend
+from ._checks import check_activation, check_gated, check_tensor
+from ._native import use_triton
 
 MULTIPLE = 16  # of a product's inner and outer size, for torch._scaled_mm on a GPU
 CAPABILITY = (8, 9)  # Ada; the first with e4m3 products
-
-
-def _use_triton(op: str, x: Tensor, backend: str) -> bool:
-    return resolve_backend(op, x, backend, ("triton",)) == "triton"
 
 
 def check_device(device: torch.device, dtype: torch.dtype) -> None:
@@ -57,7 +53,7 @@ def quantise_rows(
 ) -> Rows8:
     """The rows in e4m3: values [M, K] and scale [M, 1] f32."""
     check_activation("x", x, (None, None))
-    if not _use_triton("quantise_rows", x, backend):
+    if not use_triton("quantise_rows", x, backend):
         return reference.quantise_rows(x)
     from ..kernels.rows8 import quantise_rows as kernel  # here, since Triton is optional
 
@@ -84,7 +80,7 @@ def layer_norm8(
         check_tensor("added", added, tuple(x.shape), dtype=x.dtype, like=x)
         if not x.is_contiguous():
             raise SDIFastError("x: expected a contiguous tensor, which is updated in place")
-    if not _use_triton("layer_norm8", x, backend):
+    if not use_triton("layer_norm8", x, backend):
         return reference.layer_norm8(x, added, weight, bias, shift, eps=eps)
     from ..kernels.rows8 import layer_norm8 as kernel
 
@@ -100,11 +96,8 @@ def geglu8(
     backend: str = "auto",
 ) -> Rows8:
     """value * gelu(gate), with the exact (erf) gelu, in e4m3: values [M, F] and scale [M, 1]."""
-    check_activation("x", x, (None, None))
-    if x.shape[1] % 2:
-        raise SDIFastError(f"x: expected an even number of columns, got {x.shape[1]}")
-    check_activation("bias", bias, (x.shape[1],), x)
-    if not _use_triton("geglu8", x, backend):
+    check_gated(x, bias)
+    if not use_triton("geglu8", x, backend):
         return reference.geglu8(x, bias)
     from ..kernels.rows8 import geglu8 as kernel
 

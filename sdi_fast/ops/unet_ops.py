@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..reference import unet_ops as reference
 from ..types import SDIFastError
-from ._checks import check_activation, check_tensor
-from ._native import resolve_backend
+from ._checks import check_activation, check_gated, check_tensor
+from ._native import use_triton
 
 ROW_BYTES = 16  # the copy engine's rows are multiples of it
 
@@ -26,10 +26,6 @@ ROW_BYTES = 16  # the copy engine's rows are multiples of it
 def has_copy_engine() -> bool:
     """Whether the GPU has one (TMA): Hopper and later."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
-
-
-def _use_triton(op: str, x: Tensor, backend: str) -> bool:
-    return resolve_backend(op, x, backend, ("triton",)) == "triton"
 
 
 def group_norm(
@@ -60,7 +56,7 @@ def group_norm(
     if shift is not None:
         check_activation("shift", shift, (1 if shift.shape[0] == 1 else b, c), parts[0])
     options = dict(n_groups=n_groups, eps=eps, silu=silu)
-    if not _use_triton("group_norm", parts[0], backend):
+    if not use_triton("group_norm", parts[0], backend):
         return reference.group_norm(parts, weight, bias, shift, **options)  # type: ignore[arg-type]
     from ..kernels.group_norm import group_norm as kernel  # here, since Triton is optional
 
@@ -92,7 +88,7 @@ def layer_norm(
     check_activation("bias", bias, (x.shape[1],), x)
     if shift is not None:
         check_activation("shift", shift, (x.shape[1],), x)
-    if not _use_triton("layer_norm", x, backend):
+    if not use_triton("layer_norm", x, backend):
         return reference.layer_norm(x, weight, bias, shift, eps=eps)
     from ..kernels.layer_norm import layer_norm as kernel
 
@@ -107,11 +103,8 @@ def geglu(
     backend: str = "auto",
 ) -> Tensor:
     """value * gelu(gate), with the exact (erf) gelu, [M, F]."""
-    check_activation("x", x, (None, None))
-    if x.shape[1] % 2:
-        raise SDIFastError(f"x: expected an even number of columns, got {x.shape[1]}")
-    check_activation("bias", bias, (x.shape[1],), x)
-    if not _use_triton("geglu", x, backend):
+    check_gated(x, bias)
+    if not use_triton("geglu", x, backend):
         return reference.geglu(x, bias)
     from ..kernels.geglu import geglu as kernel
 
@@ -127,7 +120,7 @@ def interleave_phases(
     check_activation("x", x, (None, None, None, None))
     if x.shape[3] % 4 or min(x.shape[1:3]) < 2:
         raise SDIFastError(f"x: expected [B, H + 1, W + 1, 4 C], got {list(x.shape)}")
-    if not _use_triton("interleave_phases", x, backend):
+    if not use_triton("interleave_phases", x, backend):
         return reference.interleave_phases(x)
     from ..kernels.interleave import interleave_phases as kernel
 
@@ -148,7 +141,7 @@ def linear_geglu(
     if weight.shape[0] % 2:
         raise SDIFastError(f"weight: expected an even number of rows, got {weight.shape[0]}")
     check_activation("bias", bias, (weight.shape[0],), x)
-    if not _use_triton("linear_geglu", x, backend):
+    if not use_triton("linear_geglu", x, backend):
         return reference.linear_geglu(x, weight, bias)
     multiple = ROW_BYTES // x.element_size()
     if x.shape[1] % multiple:
