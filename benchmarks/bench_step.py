@@ -8,9 +8,9 @@ with the baseline's (step_check.py); one that fails, or cannot be had, leaves a 
 
 steps: each candidate at three time steps and over the annealing; scene, view and with them the
 number of samples stay as they are. breakdown: time by stage. idle: share of the time in which the
-GPU does nothing. real: the official run's first steps. scaling: resolution, views and samples.
-long: 1,000 steps of a run of that length. A step returns before the GPU is done: times are by the
-clock around several steps and a wait.
+GPU does nothing. real: the official run's first steps. scaling: resolution, views, samples and
+prompts at a time. deterministic: what equal bits cost. long: 1,000 steps of a run of that length.
+A step returns before the GPU is done: times are by the clock around several steps and a wait.
 
 Writes <out>/step_<gpu>.json after each section, keeping the other sections of a file that is there
 for the same commit and GPU, and beside it a picture of the stages and a trace of some steps.
@@ -55,6 +55,7 @@ SECTIONS: dict[str, Callable[[Any], Any]] = {
     "idle": step_sections.idle,
     "real": step_sections.real,
     "scaling": step_sections.scaling,
+    "deterministic": step_sections.deterministic,
     "long": step_sections.long,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from step_trace import busy_ms, idle_share, save_trace
 from sdi_fast.bench.timing import StepTiming, read, time_annealing, time_steps, timed
 from sdi_fast.bench.workload import all_levels, frozen, still
 from sdi_fast.config import Config
+from sdi_fast.engine import Engine
 
 N_WARM_UP = 4  # steps of ours at each t: compilation, choices of kernels, captures
 N_IDLE = {"exact": 200, "turbo": 200}
@@ -25,6 +27,8 @@ N_REAL = {"baseline": 8}  # others: 64
 BASE_ROUNDS, BASE_PATH = 4, 10
 SCALING_T = 615
 RESOLUTIONS, VIEWS, RAY_SAMPLES = (64, 128, 256, 512, 1024), (1, 2, 4), (128, 256, 512, 1024, 2048)
+PROMPTS = (1, 2, 4)  # at a time, a step each in turn
+REPEATED_STEPS = 4  # of the two deterministic runs that are compared
 
 
 def stepper(engine: Any) -> Callable[[int | None], Any]:
@@ -202,7 +206,8 @@ def _real_of(bench: Any, name: str) -> dict[str, Any]:
 
 
 def scaling(bench: Any) -> dict[str, Any]:
-    """Time, memory and the largest stage of our exact step by resolution, views and samples."""
+    """Time, memory and the largest stage of our exact step by resolution, views, samples and
+    prompts at a time."""
     name = "exact"
     if name not in bench.names() or not bench.check(name):
         return {"skipped": f"{name} is not among the candidates that passed their check"}
@@ -211,13 +216,14 @@ def scaling(bench: Any) -> dict[str, Any]:
         *(("resolution", n) for n in (RESOLUTIONS if not quick else (8,))),
         *(("views", n) for n in (VIEWS if not quick else (2,))),
         *(("samples a ray", n) for n in (RAY_SAMPLES if not quick else (24,))),
+        *(("prompts", n) for n in (PROMPTS if not quick else (2,))),
     ]
     for what, n in plans:
         label = f"scaling: {what} {n}"
         if bench.is_late(label):
             continue
-        config = _scaled(still(bench.config(name)), what, n)
-        row = bench.guarded(label, lambda c=config: _scaling_row(bench, name, c))
+        config, prompts = _scaled(still(bench.config(name)), what, n), n if what == "prompts" else 1
+        row = bench.guarded(label, lambda c=config, p=prompts: _scaling_row(bench, name, c, p))
         if row is not None:
             rows.append({"what": what, "n": n, **row})
             print(f"  {what} {n}: {row}")
@@ -230,31 +236,90 @@ def _scaled(config: Config, what: str, n: int) -> Config:
         camera = dataclasses.replace(camera, height=n, width=n)
     elif what == "views":
         camera = dataclasses.replace(camera, batch_size=n)
-    else:
+    elif what == "samples a ray":
         render = dataclasses.replace(render, n_samples_per_ray=n)
     return dataclasses.replace(config, camera=camera, render=render)
 
 
-def _scaling_row(bench: Any, name: str, config: Config) -> dict[str, Any]:
+def _scaling_row(bench: Any, name: str, config: Config, n_prompts: int) -> dict[str, Any]:
+    """Of one step; several prompts take turns and share what those of `sdi-fast batch` do."""
     built = bench.built(name)
     built.memory.forget_peak()
     t = SCALING_T if not bench.args.quick else bench.workload.t_steps[0]
     engine = bench.engine(name, config)
+    engines = [engine] + [
+        Engine(
+            dataclasses.replace(config, prompt=f"{config.prompt}, {i}"),
+            pipeline=engine.pipeline,
+            guidance=engine.guidance,
+            home=engine.home,
+        )
+        for i in range(1, n_prompts)
+    ]
+
+    def turns(t: int | None) -> Any:
+        return [each.step(t=t) for each in engines][0]
+
     rounds = min(bench.args.rounds, 5)
     warmup = 1 if bench.args.quick else N_WARM_UP
-    timing = time_steps(stepper(engine), t, bench.device, rounds=rounds, warmup=warmup)
+    timing = time_steps(turns, t, bench.device, rounds=rounds, warmup=warmup)
     memory = built.memory.peak()
+    del engines[1:]
     found = measure_stages(engine, (t,), 1 if bench.args.quick else 2)
     stages = found["stages_ms"].get(str(t), {})
     bound = max(stages, key=lambda stage: stages[stage]) if stages else ""
     return {
-        "ms": timing.median_ms,
+        "ms": timing.median_ms / n_prompts,
         "n_samples": timing.n_samples,
         **memory,
         "bound_by": bound,
         "its_share": stages[bound] / sum(stages.values()) if bound else 0.0,
         **found,
     }
+
+
+# ---- deterministic ------------------------------------------------------------------------------
+
+
+def deterministic(bench: Any) -> dict[str, Any]:
+    """What engine.deterministic costs the exact step, by backend; two runs' bits compared first."""
+    name = "exact"
+    backends = ("reference", "cuda" if bench.device.type == "cuda" else "cpu")
+    found = {}
+    for backend in backends:
+        label = f"deterministic: {backend}"
+        if not bench.is_late(label):
+            row = bench.guarded(label, lambda b=backend: _deterministic_row(bench, name, b))
+            if row is not None:
+                found[backend] = row
+                print(f"  {label}: {row}")
+    return {"candidate": name, "backends": found}
+
+
+def _deterministic_row(bench: Any, name: str, backend: Any) -> dict[str, Any]:
+    built, config = bench.built(name), bench.config(name)
+    engine = dataclasses.replace(config.engine, deterministic=True, backend=backend)
+    config = dataclasses.replace(config, engine=engine)
+    first, second = (_bits_of_a_run(bench, name, all_levels(config)) for _ in range(2))
+    if first != second:
+        raise RuntimeError(f"two runs of {REPEATED_STEPS} steps left different parameters")
+    built.memory.forget_peak()
+    step = stepper(bench.engine(name, still(config)))
+    quick = bench.args.quick
+    t, rounds = (bench.workload.t_steps[0], 1) if quick else (SCALING_T, 3)
+    timing = time_steps(step, t, bench.device, rounds=rounds, warmup=1 if quick else N_WARM_UP)
+    return {"t": t, "ms": timing.median_ms, "n_samples": timing.n_samples, **built.memory.peak(),
+            "equal_bits_after_steps": REPEATED_STEPS}  # fmt: skip
+
+
+def _bits_of_a_run(bench: Any, name: str, config: Config) -> str:
+    """A digest of the parameters after some steps."""
+    engine = bench.engine(name, config)
+    engine.run(until=REPEATED_STEPS)
+    digest = hashlib.sha256()
+    for tensor in (*engine.field.state_dict().values(), *engine.background.state_dict().values()):
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 # ---- long ---------------------------------------------------------------------------------------

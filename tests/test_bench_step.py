@@ -64,8 +64,10 @@ def test_quick_run_end_to_end(tmp_path: Path) -> None:
     assert found["idle"] == {"skipped": "needs a CUDA device"}
     assert found["real"]["turbo"]["n_samples"] > 0
     rows = found["scaling"]["rows"]
-    assert {row["what"] for row in rows} == {"resolution", "views", "samples a ray"}
+    assert {row["what"] for row in rows} == {"resolution", "views", "samples a ray", "prompts"}
     assert all(row["bound_by"] in STAGES for row in rows)
+    assert all(row["ms"] > 0 for row in found["deterministic"]["backends"].values())
+    assert found["deterministic"]["backends"].keys() == {"reference", "cpu"}
     assert found["long"]["exact"]["steps"] == 2 and found["long"]["exact"]["skipped"] == 0
 
 
