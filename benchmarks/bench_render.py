@@ -107,7 +107,7 @@ class Bench:
         """The twin first: speed-ups refer to it."""
         scene, on_gpu = self.scene, self.args.device.startswith("cuda")
         self.candidates[TWIN] = reference.render_views
-        if on_gpu and fused_op.can_fuse(scene.field.spec, scene.camera.c2w):
+        if on_gpu and fused_op.can_fuse(scene.field.spec, scene.camera.c2w.device):
             self.candidates[FUSED] = functools.partial(fused_op.render_views, backend="cuda")
         else:
             why = reason_missing() or "built without nvcc"

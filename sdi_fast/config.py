@@ -209,7 +209,7 @@ class EngineConfig:
     seed: int = 0
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     backend: Literal["auto", "reference", "cpu", "cuda"] = "auto"
-    # the same bits in every run; on a GPU PyTorch renders then, or with backend "cuda" our kernels
+    # the same bits in every run; on a GPU PyTorch renders then where the fused renderer does not
     deterministic: bool = False
     graphs: bool | None = None  # the rest of a step as CUDA graphs; None: with the fused renderer
     checkpoint_every: int = 500  # steps; 0: only at the end and on Ctrl-C

@@ -91,7 +91,7 @@ class Engine:
         self.guidance = guidance or make_guidance(
             self.pipeline, settle_guidance(config.guidance, self.device)
         )
-        self.backend = choose_backend(config.engine, self.device)
+        self.backend = choose_backend(config, self.device)
         # what the host has to know (views, shading, t, delta), and noise
         self.generator = torch.Generator("cpu").manual_seed(config.engine.seed)
         self.noise = self.generator

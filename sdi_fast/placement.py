@@ -6,7 +6,8 @@ import dataclasses
 
 import torch
 
-from .config import EngineConfig, GuidanceConfig
+from .config import Config, GuidanceConfig
+from .ops.render_views import can_fuse
 from .types import SDIFastError
 
 
@@ -30,13 +31,15 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def choose_backend(config: EngineConfig, device: torch.device) -> str:
-    """The ops' backend. In deterministic mode "auto" means PyTorch on a GPU: our single ops add the
-    table's gradients in whatever order their blocks come. "cuda", asked for by name, has a fused
-    renderer whose gradients repeat (ops.render_views), and nothing else where it does not fit."""
-    if config.deterministic and device.type == "cuda" and config.backend == "auto":
-        return "reference"
-    return config.backend
+def choose_backend(config: Config, device: torch.device) -> str:
+    """The ops' backend. In deterministic mode "auto" means on a GPU our kernels where the fused
+    renderer takes the field, since its gradients repeat, and PyTorch elsewhere: our single ops add
+    the table's gradients in whatever order their blocks come."""
+    engine = config.engine
+    if not engine.deterministic or device.type != "cuda" or engine.backend != "auto":
+        return engine.backend
+    is_fused = config.render.precision != "fp32" and can_fuse(config.field.spec(), device)
+    return "cuda" if is_fused else "reference"
 
 
 def settle_guidance(config: GuidanceConfig, device: torch.device) -> GuidanceConfig:

@@ -149,7 +149,7 @@ class Renderer:
         if self.config.precision == "fp32" or self.backend not in ("auto", "cuda"):
             can = False
         else:
-            can = can_fuse(field.spec, like)
+            can = can_fuse(field.spec, like.device, like.dtype)
         if self.config.precision == "fp16" and not can:
             raise SDIFastError(
                 'render.precision: "fp16" needs backend "auto" or "cuda", a CUDA device, an '

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import sdi_fast.engine
+import sdi_fast.ops.render_views
 from sdi_fast.camera import orbit_cameras
-from sdi_fast.config import EngineConfig, toyworld_config
+from sdi_fast.config import toyworld_config
 from sdi_fast.config_io import config_from_dict
 from sdi_fast.constants import MAX_BAD_STEPS
 from sdi_fast.diffusion.pipeline import Pipeline, load_pipeline
@@ -20,23 +21,36 @@ from sdi_fast.placement import choose_backend
 from sdi_fast.types import Camera, SDIFastError
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+REPEATS: dict[str, Any] = {"deterministic": True}
 
 
 @pytest.mark.parametrize(
-    ("deterministic", "backend", "device", "expected"),
+    ("engine", "stages", "device", "expected"),
     [
-        (False, "auto", CUDA, "auto"),
-        (True, "auto", CPU, "auto"),  # the C++ ops repeat every bit
-        (True, "auto", CUDA, "reference"),
-        (True, "cuda", CUDA, "cuda"),  # asked for by name
-        (False, "reference", CPU, "reference"),
+        ({}, {}, CUDA, "auto"),
+        (REPEATS, {}, CPU, "auto"),  # the C++ ops repeat every bit
+        (REPEATS, {}, CUDA, "cuda"),  # and so does the fused renderer
+        (REPEATS, {"render": {"precision": "fp32"}}, CUDA, "reference"),
+        (REPEATS, {"field": {"hidden": 32}}, CUDA, "reference"),
+        (REPEATS | {"backend": "reference"}, {}, CUDA, "reference"),  # asked for by name
+        (REPEATS | {"backend": "cuda"}, {"render": {"precision": "fp32"}}, CUDA, "cuda"),
+        ({"backend": "reference"}, {}, CPU, "reference"),
     ],
 )
 def test_deterministic_runs_keep_away_from_atomics(
-    deterministic: bool, backend: str, device: torch.device, expected: str
-) -> None:
-    config = EngineConfig(deterministic=deterministic, backend=backend)
+    engine: dict[str, Any], stages: dict[str, Any], device: torch.device, expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sdi_fast.ops.render_views, "has_cuda", lambda: True)
+    config = config_from_dict({"engine": engine, **stages})
     assert choose_backend(config, device) == expected
+
+
+def test_deterministic_runs_take_pytorch_where_no_kernels_were_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sdi_fast.ops.render_views, "has_cuda", lambda: False)
+    assert choose_backend(config_from_dict({"engine": REPEATS}), CUDA) == "reference"
 
 
 @pytest.mark.slow

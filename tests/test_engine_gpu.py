@@ -381,11 +381,11 @@ def test_too_little_memory_says_what_to_lower(
 # ---- deterministic ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["auto", "cuda"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_deterministic_runs_repeat_every_bit_resumed_or_not(
     pipeline: Pipeline, backend: str
 ) -> None:
-    """With PyTorch's ops, and with the fused renderer in graphs, that is asked for by name."""
+    """With the fused renderer in graphs, and with PyTorch's ops."""
 
     def run(until: int, state: dict[str, Tensor] | None = None) -> Engine:
         engine = engine_of(
@@ -393,7 +393,7 @@ def test_deterministic_runs_repeat_every_bit_resumed_or_not(
             engine={"deterministic": True, "backend": backend},
             render={"ambient_only_steps": 4, "occupancy_every": 4},
         )
-        assert (engine.graphs is not None) == (backend == "cuda")
+        assert (engine.graphs is not None) == (backend == "auto")
         if state is not None:
             engine.load_state_tensors(state)
         engine.run(until=until)
@@ -412,7 +412,9 @@ def test_the_config_decides_what_is_captured(pipeline: Pipeline) -> None:
     config: Config = engine_of(pipeline).config
     assert config.engine.graphs is None
     assert engine_of(pipeline, render={"precision": "fp32"}).graphs is None
-    assert engine_of(pipeline, engine={"deterministic": True}).graphs is None
+    assert engine_of(pipeline, engine={"deterministic": True}).backend == "cuda"
+    in_pytorch = engine_of(pipeline, engine={"deterministic": True}, render={"precision": "fp32"})
+    assert in_pytorch.backend == "reference" and in_pytorch.graphs is None
     with pytest.raises(SDIFastError, match="deterministic: the single CUDA ops"):
         engine_of(
             pipeline,

@@ -487,4 +487,4 @@ def test_the_twin_runs_where_there_are_no_kernels() -> None:
     expected, ours = twin(*arguments), op.render_views(*arguments, backend="reference")
     for name in SUMS:
         assert torch.equal(getattr(ours, name), getattr(expected, name))
-    assert not op.can_fuse(scene.spec, camera.c2w)
+    assert not op.can_fuse(scene.spec, camera.c2w.device, camera.c2w.dtype)

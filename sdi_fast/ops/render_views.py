@@ -31,9 +31,9 @@ HIDDEN = 64  # kFusedHidden
 TILE_WIDTH, TILE_HEIGHT = 8, 4  # kTileWidth, kTileHeight: pixels of a warp
 
 
-def can_fuse(spec: FieldSpec, like: Tensor) -> bool:
-    """Whether the kernels are there and take such fields on `like`'s device, in its dtype."""
-    return like.is_cuda and like.dtype == torch.float32 and has_cuda() and _fits(spec)
+def can_fuse(spec: FieldSpec, device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the kernels are there and take such fields there, with tensors of `dtype`."""
+    return device.type == "cuda" and dtype == torch.float32 and has_cuda() and _fits(spec)
 
 
 def _fits(spec: FieldSpec) -> bool:
