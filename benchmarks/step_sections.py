@@ -215,8 +215,8 @@ def scaling(bench: Any) -> dict[str, Any]:
     plans = [
         *(("resolution", n) for n in (RESOLUTIONS if not quick else (8,))),
         *(("views", n) for n in (VIEWS if not quick else (2,))),
-        *(("samples a ray", n) for n in (RAY_SAMPLES if not quick else (24,))),
         *(("prompts", n) for n in (PROMPTS if not quick else (2,))),
+        *(("samples a ray", n) for n in (RAY_SAMPLES if not quick else (24,))),
     ]
     for what, n in plans:
         label = f"scaling: {what} {n}"

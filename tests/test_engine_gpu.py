@@ -226,34 +226,38 @@ def reference_engine(pipeline: Pipeline, **stages: dict[str, Any]) -> Engine:
     return engine
 
 
+# Twice (style.md 4) how far a reference whose UNet and VAE are in f16 is from one in f32 after 50
+# steps: views 0.0006 to 0.007, change 0.03 to 0.145, in eleven runs on the H200 and a CPU, of which
+# one had a change of 0.29. Such runs drift apart chaotically: comparing with a single one of them
+# made this test fail now and then. Other noise makes 0.023 to 0.037 and 0.36 to 0.43 (four runs).
+F16_DRIFT = {"views": 0.014, "change": 0.29}
+
+
 def test_fifty_steps_follow_the_reference_engine(
     pipeline: Pipeline, exact_pipeline: Pipeline
 ) -> None:
-    """Same seeds and noise. The measure: how far the views and the parameters' change after 50
-    steps are from the reference's, against how far a reference with a UNet and a VAE in half
-    precision is (style.md 4: twice that at most)."""
-    half = load_pipeline(
-        dataclasses.replace(CONFIG.model, denoiser="diffusers", encoder="diffusers"), "cuda"
-    )
+    """Same seeds and noise. The measure: how far the views, and the parameters' change, after 50
+    steps are from the reference's. A run of other noise has to be farther away."""
     engines = {
-        "fast": engine_of(pipeline),
         "exact": reference_engine(exact_pipeline),
-        "half": reference_engine(half),
+        "fast": engine_of(pipeline),
+        "other noise": engine_of(pipeline),
     }
+    engines["other noise"].noise.manual_seed(1)
     start = {name: parameters(engine) for name, engine in engines.items()}
     assert all(torch.equal(value, start["exact"]) for value in start.values())
     for engine in engines.values():
         engine.run(until=50)
-        assert engine.bad_steps == 0
+        assert not any(row["skipped"] for row in engine.history)
     rows = {name: engine.history for name, engine in engines.items()}
     assert [r["t"] for r in rows["fast"]] == [r["t"] for r in rows["exact"]]
     assert rows["fast"][0]["loss"] == pytest.approx(rows["exact"][0]["loss"], rel=1e-2)
     images = {name: views(engine) for name, engine in engines.items()}
     changes = {name: parameters(engine) - start[name] for name, engine in engines.items()}
     for name, values in (("views", images), ("change", changes)):
-        ours, allowed = (distance(values[k], values["exact"]) for k in ("fast", "half"))
-        print(f"{name}: {ours:.4f} from the reference, half precision alone {allowed:.4f}")
-        assert ours <= 2.0 * allowed, name
+        ours, other = (distance(values[k], values["exact"]) for k in ("fast", "other noise"))
+        print(f"{name}: {ours:.4f} from the reference, with other noise {other:.4f}")
+        assert ours <= F16_DRIFT[name] and ours < other, name
 
 
 # ---- what goes wrong ----------------------------------------------------------------------------
