@@ -46,12 +46,15 @@ class Timing:
 def conditions() -> dict[str, Any]:
     """What a number has to stand beside: processor, versions, threads, commit.
 
-    Where SDI_FAST_COMMIT is set, that is the commit: a copy may lie in some other repository.
+    Where SDI_FAST_COMMIT is set, that is the commit: a copy may lie in some other repository, which
+    knows nothing of changes either.
     """
+    given = os.environ.get("SDI_FAST_COMMIT")
+    changes = None if given else bool(_git("status", "--porcelain", "--untracked-files=no"))
     return {
         **machine(),
-        "commit": os.environ.get("SDI_FAST_COMMIT") or _git("rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": given or _git("rev-parse", "--short", "HEAD"),
+        "uncommitted_changes": changes,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 
