@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import types
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_field, relative_error
+from small_runs import SMALL
 from torch import Tensor
 
 from sdi_fast import reference
@@ -22,6 +24,7 @@ from sdi_fast.types import FieldSpec, HashGridSpec, MarchSpec, Samples
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import bench_generate  # noqa: E402
 import bench_render  # noqa: E402
 import bench_speed  # noqa: E402
 import ceilings  # noqa: E402
@@ -153,6 +156,29 @@ def test_bench_speed_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert rows[0]["gradient"] == 0.0 < min(row["gradient"] for row in rows[1:])
     assert all(row["residual"] > 0.0 for row in rows)
     assert bench_speed.table(rows, "work").splitlines()[-1] == "| 5 steps | 4 |"
+
+
+@pytest.mark.slow
+def test_bench_generate_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.save, "__defaults__", (tmp_path,))
+    sets = tuple(word for setting in SMALL for word in ("--set", setting))
+    args = bench_generate.Args(runs=1, steps=3, device="cpu", imports=True, options=sets)
+    bench_generate.main(args)
+    content = json.loads((tmp_path / "generate_cpu.json").read_text())
+    (run,) = content["runs"]
+    seconds = run["seconds"]
+    assert 0.0 < seconds["folder"] < seconds["model loaded"] < seconds["GLB"] < seconds["end"]
+    assert 0.0 < seconds["in steps"] < seconds["GLB"] - seconds["model loaded"]
+    assert run["steps"] == 3 and 0.0 <= run["iou"] <= 1.0 and run["rank"] >= 1
+    assert content["import_seconds"].keys() >= {"torch", "diffusers", "transformers"}
+
+
+def test_an_object_that_is_none_has_no_time(tmp_path: Path) -> None:
+    args = bench_generate.Args(steps=2, device="cpu")
+    sets = tuple(word for setting in SMALL for word in ("--set", setting))
+    bench_generate.generate(dataclasses.replace(args, options=sets), tmp_path / "run")
+    with pytest.raises(AssertionError, match="IoU 0"):
+        bench_generate.check(dataclasses.replace(args, steps=0), tmp_path / "run")
 
 
 def test_compare_times_slow_ones_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
