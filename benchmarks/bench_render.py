@@ -213,7 +213,6 @@ def whole_step(bench: Bench, shading: str, backend: str) -> Callable[[], tuple[T
             scene.camera,
             STEP,
             shading,
-            jitter_generator=None,
         )
         loss = out.comp_rgb.square().mean() + out.opacity.mean() + out.z_variance.mean()
         loss = loss + out.comp_normal.square().mean() + out.orient.mean()

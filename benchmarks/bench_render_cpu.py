@@ -72,7 +72,6 @@ class Scene:
             self.camera,
             self.args.step,
             self.args.shading,
-            jitter_generator=None,
         )
 
     def step(self, backend: str) -> tuple[RenderOutput, tuple[Tensor, ...]]:

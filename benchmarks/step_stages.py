@@ -62,7 +62,7 @@ class Stages:
             self.camera,
             self.step,
             SHADING,
-            jitter_generator=self.generator,
+            jitter=engine.renderer.draw_jitter(len(engine.buffers.jitter), self.generator),
         )
 
     def encode(self) -> None:
@@ -92,9 +92,7 @@ class Stages:
     def losses(self) -> Tensor:
         engine = self.engine
         loss = engine.config.loss
-        parts = render_losses(
-            self.output, self.camera, loss, self.step, backend=engine.renderer.backend
-        )
+        parts = render_losses(self.output, self.camera, loss, backend=engine.renderer.backend)
         weights = loss_weights(loss, self.step)
         return torch.stack([weights[name] * value for name, value in parts.items()]).sum()
 

@@ -14,12 +14,12 @@ RAY_LOSS_NAMES = ("orient", "sparsity", "opaque", "z_variance")  # as the op giv
 
 
 def render_losses(
-    output: RenderOutput, camera: Camera, config: LossConfig, step: int, *, backend: str = "auto"
+    output: RenderOutput, camera: Camera, config: LossConfig, *, backend: str = "auto"
 ) -> dict[str, Tensor]:
     """Unweighted scalars "orient", "sparsity", "opaque", "z_variance" and "convex".
 
     On an empty volume the official means over no pixels are 0/0; here they are 0, so that values
-    and gradients stay finite. A loss whose weight is 0 at `step` is still reported.
+    and gradients stay finite. A loss whose weight is 0 is still reported.
 
     Args:
         backend: of the ops, see `sdi_fast.ops`.

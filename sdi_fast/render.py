@@ -107,24 +107,18 @@ class Renderer:
         step: int,
         shading: str,  # "albedo", "textureless" or "diffuse"
         *,
-        jitter_generator: torch.Generator | None = None,
-        jitter: Tensor | None = None,  # [R] scene units
+        jitter: Tensor | None = None,  # [R] scene units, in [0, step_size)
     ) -> RenderOutput:
         """Images of `camera`'s views at training step `step` (which sets the active levels).
 
         Args:
-            jitter_generator: draws how far each ray's samples are shifted.
-            jitter: the shifts, in [0, step_size), instead; without either none (evaluation).
+            jitter: how far each ray's samples are shifted, such as `draw_jitter`'s; None: not at all
+                (evaluation).
 
         Raises:
             SDIFastError: for an unknown shading or tensors that do not fit each other.
         """
         rays = self._rays(camera)
-        if jitter is None and jitter_generator is not None:
-            origins = rays.origins
-            jitter = self.draw_jitter(rays.n_rays, jitter_generator, origins.dtype).to(
-                origins.device
-            )
         active = field.active_levels(step)
         sums: RaySums | Composited
         n_samples: int | Tensor
@@ -231,11 +225,9 @@ class Renderer:
             backend=self.backend,
         )
 
-    def draw_jitter(
-        self, n_rays: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def draw_jitter(self, n_rays: int, generator: torch.Generator) -> Tensor:
         """One offset [R] in [0, step_size) a ray, on the generator's device."""
-        u = torch.rand(n_rays, generator=generator, device=generator.device, dtype=dtype)
+        u = torch.rand(n_rays, generator=generator, device=generator.device)
         return u * self.step_size
 
     def _composite(

@@ -129,7 +129,7 @@ class StepHalves:
             noise=buffers.posterior,
             graphed=not captured,
         )
-        losses = render_losses(output, buffers.camera, self.config.loss, step, backend=self.backend)
+        losses = render_losses(output, buffers.camera, self.config.loss, backend=self.backend)
         return FirstHalf(latents, losses, output.n_samples)
 
     def second(self, first: FirstHalf, guided: GuidanceOutput) -> None:

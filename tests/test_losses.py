@@ -68,7 +68,7 @@ def bump(camera: Camera, *, hollow: bool = False, stretch: tuple[float, float] =
 
 
 def convexity(output: RenderOutput, camera: Camera, config: LossConfig) -> float:
-    return render_losses(output, camera, config, 0)["convex"].item()
+    return render_losses(output, camera, config)["convex"].item()
 
 
 def test_values_by_hand() -> None:
@@ -77,7 +77,7 @@ def test_values_by_hand() -> None:
         orient=torch.tensor([[[0.0, 0.3, 0.6, 0.0]]]),
         z_variance=torch.tensor([[[0.0, 0.0, 0.5, 0.25]]]),
     )
-    losses = render_losses(output, view(), WORLD, 0)
+    losses = render_losses(output, view(), WORLD)
     assert losses["orient"].item() == pytest.approx(0.9 / 3)  # three pixels with O > 0
     assert losses["z_variance"].item() == pytest.approx(0.75 / 2)  # two with O > 0.5
     sparsity = sum(math.sqrt(o * o + 0.01) for o in (0.0, 0.4, 0.8, 1.0)) / 4
@@ -95,7 +95,7 @@ def test_empty_volume_is_zero_and_finite() -> None:
     opacity = torch.zeros(2, 4, 4, requires_grad=True)
     zeros = opacity * 0.0
     losses = render_losses(
-        images(opacity, orient=zeros, z_variance=zeros), orbit_cameras(CameraConfig(), 2), WORLD, 0
+        images(opacity, orient=zeros, z_variance=zeros), orbit_cameras(CameraConfig(), 2), WORLD
     )
     assert losses["orient"].item() == 0.0
     assert losses["z_variance"].item() == 0.0
@@ -192,4 +192,4 @@ def test_weights_follow_their_schedules() -> None:
 def test_unknown_frame_is_named() -> None:
     config = dataclasses.replace(WORLD, convex_frame="moon")
     with pytest.raises(SDIFastError, match="loss.convex_frame"):
-        render_losses(bump(view()), view(), config, 0)
+        render_losses(bump(view()), view(), config)

@@ -81,7 +81,6 @@ class Scene:
             self.camera,
             step,
             shading,
-            jitter_generator=None,
         )
 
     def params(self) -> dict[str, Tensor]:
@@ -212,7 +211,7 @@ def test_losses_and_gradients(
     config = LossConfig()
     scene = scene.on(_device(backend))
     output = scene.render(step, "albedo", backend)
-    losses = render_losses(output, scene.camera, config, step)
+    losses = render_losses(output, scene.camera, config)
     weights = loss_weights(config, step)
     assert set(losses) == set(LOSSES)
     assert weights["guidance"] == expected["train_params/lambda_sdi"]

@@ -54,7 +54,7 @@ class Scene:
     occupancy: OccupancyGrid
 
     def render(self, camera: Camera, **options: object) -> RenderOutput:
-        arguments = {"step": 0, "shading": "diffuse", "jitter_generator": None, **options}
+        arguments = {"step": 0, "shading": "diffuse", **options}
         step, shading = arguments.pop("step"), arguments.pop("shading")
         renderer = Renderer(FIELD, RENDER, "reference")
         return renderer.render(
@@ -81,6 +81,11 @@ def scene() -> Scene:
 
 def orbit(n: int = 1, height: int = 12, width: int = 12, **options: float) -> Camera:
     return orbit_cameras(CameraConfig(height=height, width=width), n, **options)
+
+
+def jitter(generator: torch.Generator) -> Tensor:
+    """Of one view of `orbit`."""
+    return Renderer(FIELD, RENDER).draw_jitter(144, generator)
 
 
 def test_a_ball(scene: Scene) -> None:
@@ -153,7 +158,7 @@ def test_empty_volume(scene: Scene, shading: str) -> None:
     for name in ("opacity", "depth", "z_variance", "comp_normal", "orient", "comp_rgb_fg"):
         assert not getattr(out, name).any(), name
     for frame in ("world", "camera"):
-        losses = render_losses(out, camera, LossConfig(convex_frame=frame), 0)
+        losses = render_losses(out, camera, LossConfig(convex_frame=frame))
         total = sum(losses.values()) + out.comp_rgb.sum()
         assert total.isfinite()
         for grad in torch.autograd.grad(
@@ -186,7 +191,7 @@ def test_jitter(scene: Scene) -> None:
     camera = orbit()
     plain = scene.render(camera)
     a, b, c = (
-        scene.render(camera, jitter_generator=torch.Generator().manual_seed(seed))
+        scene.render(camera, jitter=jitter(torch.Generator().manual_seed(seed)))
         for seed in (1, 1, 2)
     )
     assert torch.equal(a.comp_rgb, b.comp_rgb)
@@ -200,7 +205,7 @@ def test_deterministic_mode_repeats_every_bit(scene: Scene) -> None:
         grid = OccupancyGrid(RENDER, radius=2.0, backend="reference")
         draws = torch.Generator().manual_seed(0)
         grid.update(256, lambda x: scene.field.density(x, 0), RENDER, draws)
-        out = Scene(scene.field, scene.background, grid).render(orbit(), jitter_generator=draws)
+        out = Scene(scene.field, scene.background, grid).render(orbit(), jitter=jitter(draws))
         total = out.comp_rgb.square().sum() + out.comp_normal.sum() + out.z_variance.sum()
         return [grid.occs, total, *torch.autograd.grad(total, scene.parameters())]
 
@@ -287,5 +292,4 @@ def test_bad_arguments_are_named(scene: Scene) -> None:
     with pytest.raises(SDIFastError, match="backend"):
         Renderer(FIELD, RENDER, "opencl").render(
             scene.field, scene.background, scene.occupancy, orbit(), 0, "albedo",
-            jitter_generator=None,
         )  # fmt: skip
