@@ -112,8 +112,8 @@ class Renderer:
         """Images of `camera`'s views at training step `step` (which sets the active levels).
 
         Args:
-            jitter: how far each ray's samples are shifted, such as `draw_jitter`'s; None: not at all
-                (evaluation).
+            jitter: how far each ray's samples are shifted (see `draw_jitter`); None: not at all,
+                for evaluation.
 
         Raises:
             SDIFastError: for an unknown shading or tensors that do not fit each other.
