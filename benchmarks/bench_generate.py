@@ -29,8 +29,7 @@ from harness import gpu_slug, print_conditions, save
 from sdi_fast.checkpoint import load_latest
 from sdi_fast.config_io import config_from_yaml
 from sdi_fast.engine import Engine
-from sdi_fast.toyworld.evaluate import evaluate_run
-from sdi_fast.types import Camera
+from sdi_fast.toyworld.evaluate import evaluate_engine
 
 MIN_IOU, MAX_RANK = 0.5, 1  # of a run of full length: far above chance, below the seeds' spread
 MIN_IMPORT_SECONDS = 0.05  # of a package that is told
@@ -90,11 +89,7 @@ def check(args: Args, out: Path) -> dict[str, Any]:
     engine = Engine(config_from_yaml(out / "config.yaml"))
     engine.load_state_tensors(checkpoint.tensors)
 
-    def render(camera: Camera) -> tuple[torch.Tensor, torch.Tensor]:
-        output = engine.render(camera)
-        return output.comp_rgb, output.opacity[..., 0]
-
-    scores = evaluate_run(render, args.prompt, device=engine.device)
+    scores = evaluate_engine(engine, args.prompt)
     if not args.steps:
         good = scores["iou"] >= MIN_IOU and scores["rank"] <= MAX_RANK
         assert good, f"IoU {scores['iou']:.2f}, the caption's place {scores['rank']}"

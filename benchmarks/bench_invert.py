@@ -23,9 +23,9 @@ from typing import Any
 import torch
 import tyro
 from harness import Timing, captured, compare, report
-from sd21 import TFLOP_A_SAMPLE, make_unet, sd_schedule
 from torch import Tensor
 
+from sdi_fast.bench.models import TFLOP_A_SAMPLE, make_unet, sd_schedule
 from sdi_fast.config import SPEEDS, GuidanceConfig
 from sdi_fast.diffusion.denoiser import Denoiser, make_denoiser
 from sdi_fast.diffusion.invert import n_unet_calls

@@ -32,10 +32,9 @@ from PIL import Image, ImageDraw
 from sdi_fast.config import ModelConfig, toyworld_config
 from sdi_fast.diffusion.pipeline import Pipeline, load_pipeline
 from sdi_fast.engine import Engine
-from sdi_fast.toyworld.evaluate import EVAL_PROMPTS, evaluate_run, held_out_cameras
+from sdi_fast.toyworld.evaluate import EVAL_PROMPTS, evaluate_engine, held_out_cameras
 from sdi_fast.toyworld.renderer import render_scene
 from sdi_fast.toyworld.scenes import parse_caption
-from sdi_fast.types import Camera
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +91,7 @@ def run_one(job: tuple[Args, str, str, int]) -> dict[str, Any]:
     engine.run()
     seconds = time.perf_counter() - started
 
-    def render(camera: Camera) -> tuple[torch.Tensor, torch.Tensor]:
-        output = engine.render(camera)
-        return output.comp_rgb, output.opacity[..., 0]
-
-    scores = evaluate_run(render, prompt, device=engine.device)
+    scores = evaluate_engine(engine, prompt)
     views = engine.render(held_out_cameras(height=96, width=96, device=engine.device))
     images = torch.cat([views.comp_rgb, views.comp_normal], dim=1).clamp(0, 1)
     return {

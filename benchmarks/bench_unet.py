@@ -24,9 +24,9 @@ from typing import Any
 import torch
 import tyro
 from harness import RESULTS, captured, compare, report
-from sd21 import TFLOP_A_SAMPLE, make_unet
 from torch import Tensor
 
+from sdi_fast.bench.models import TFLOP_A_SAMPLE, make_unet
 from sdi_fast.diffusion.fast_unet import CapturedUNet, FastUNet, FastUNetOptions
 from sdi_fast.diffusion.fast_unet.choices import store
 from sdi_fast.diffusion.modules import cudnn_benchmark

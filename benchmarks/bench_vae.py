@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import tyro
 from harness import compare, report
-from sd21 import make_vae
 from torch import Tensor, nn
 
+from sdi_fast.bench.models import make_vae
 from sdi_fast.diffusion.encoder_graph import EncoderGraph
 from sdi_fast.diffusion.fast_encoder import FastEncoder
 from sdi_fast.diffusion.modules import cudnn_benchmark

@@ -15,12 +15,11 @@ from step_picture import draw_bars
 from step_stages import measure_stages
 from step_trace import busy_ms, idle_share, save_trace
 
-from sdi_fast.bench.timing import StepTiming, read, time_annealing, time_steps, timed
+from sdi_fast.bench.timing import N_WARM_UP, StepTiming, read, time_steps, time_workload, timed
 from sdi_fast.bench.workload import all_levels, frozen, still
 from sdi_fast.config import Config
 from sdi_fast.engine import Engine
 
-N_WARM_UP = 4  # steps of ours at each t: compilation, choices of kernels, captures
 N_IDLE = {"exact": 200, "turbo": 200}
 IDLE_WINDOW, TRACE_STEPS = 25, 3
 N_REAL = {"baseline": 8}  # others: 64
@@ -63,18 +62,15 @@ def _steps_of(bench: Any, name: str) -> dict[str, Any]:
     step(bench.workload.t_steps[0])
     first = time.perf_counter() - begin
     warmup = 1 if is_base or bench.args.quick else N_WARM_UP
-    timings = [
-        time_steps(step, t, bench.device, rounds=rounds, warmup=warmup)
-        for t in bench.workload.t_steps
-    ]
-    timings.append(
-        time_annealing(
-            step,
-            path,
-            bench.device,
-            rounds=1 if is_base else min(rounds, 3),
-            warmup=not is_base and bench.device.type == "cuda",
-        )
+    timings = time_workload(
+        step,
+        bench.workload.t_steps,
+        path,
+        bench.device,
+        rounds=rounds,
+        path_rounds=1 if is_base else min(rounds, 3),
+        warmup=warmup,
+        warm_path=not is_base and bench.device.type == "cuda",
     )
     _tell(name, timings)
     memory = built.memory.peak()

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from .config import Config, GuidanceConfig
-from .ops.render_views import can_fuse
+from .render import may_fuse
 from .types import SDIFastError
 
 
@@ -38,7 +38,7 @@ def choose_backend(config: Config, device: torch.device) -> str:
     engine = config.engine
     if not engine.deterministic or device.type != "cuda" or engine.backend != "auto":
         return engine.backend
-    is_fused = config.render.precision != "fp32" and can_fuse(config.field.spec(), device)
+    is_fused = may_fuse(config.render, "cuda", config.field.spec(), device)
     return "cuda" if is_fused else "reference"
 
 

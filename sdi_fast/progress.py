@@ -79,14 +79,7 @@ class Reporter:
 
     def _show_bar(self, done: int, total: int) -> None:
         if self._bar is None:
-            self._bar = Progress(
-                TextColumn("optimising"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}", markup=False),
-                TimeRemainingColumn(elapsed_when_finished=True),
-                console=self.console,
-            )
+            self._bar = _make_bar(self.console, "optimising")
             self._task = self._bar.add_task("", total=total, completed=done - 1, note="")
             self._bar.start()
         self._bar.update(self._task, completed=done, note=self._note(self._newest))
@@ -176,14 +169,7 @@ class BatchReporter:
 
     def _show_bar(self, done: int) -> None:
         if self._bar is None:
-            self._bar = Progress(
-                TextColumn("steps of the batch"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}", markup=False),
-                TimeRemainingColumn(elapsed_when_finished=True),
-                console=self.console,
-            )
+            self._bar = _make_bar(self.console, "steps of the batch")
             self._task = self._bar.add_task("", total=self._total, completed=done, note="")
             self._bar.start()
         self._bar.update(self._task, completed=done, note=self._note())
@@ -191,6 +177,18 @@ class BatchReporter:
     def _note(self) -> str:
         ended = ", ".join(f"{n} {status}" for status, n in self._counts.items())
         return f"{ended or '0 done'} of {len(self._left)}"
+
+
+def _make_bar(console: Console, label: str) -> Progress:
+    """A bar of steps, whose task has a field "note"."""
+    return Progress(
+        TextColumn(label),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+    )
 
 
 def format_seconds(seconds: float) -> str:

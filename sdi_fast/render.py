@@ -140,10 +140,7 @@ class Renderer:
             SDIFastError: where they are asked for and cannot, or where gradients have to repeat and
                 would be added up by atomics.
         """
-        if self.config.precision == "fp32" or self.backend not in ("auto", "cuda"):
-            can = False
-        else:
-            can = can_fuse(field.spec, like.device, like.dtype)
+        can = may_fuse(self.config, self.backend, field.spec, like.device, like.dtype)
         if self.config.precision == "fp16" and not can:
             raise SDIFastError(
                 'render.precision: "fp16" needs backend "auto" or "cuda", a CUDA device, an '
@@ -252,6 +249,18 @@ class Renderer:
         view = samples.ray_indices // (rays.height * rays.width)
         rgb = shade(albedo, normal, x, lights, view, shading, backend=self.backend)
         return composite(density, rgb, normal, samples, rays.directions, backend=self.backend)
+
+
+def may_fuse(
+    config: RenderConfig,
+    backend: str,
+    spec: FieldSpec,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> bool:
+    """Whether a renderer of these settings takes the fused kernels where they can be had."""
+    asked = config.precision != "fp32" and backend in ("auto", "cuda")
+    return asked and can_fuse(spec, device, dtype)
 
 
 def choose_shading(step: int, config: RenderConfig, generator: torch.Generator) -> str:

@@ -15,6 +15,7 @@ from conftest import relative_error
 from torch import Tensor
 
 from sdi_fast.config import GuidanceConfig
+from sdi_fast.diffusion.invert import n_unet_calls
 from sdi_fast.diffusion.invert_graph import InversionGraphs
 from sdi_fast.diffusion.prompt import Condition
 from sdi_fast.diffusion.schedule import DDIMSchedule
@@ -48,7 +49,7 @@ def both(config, t, delta, condition, prediction_type="epsilon") -> tuple[Guidan
     n = len(t)
     n_noise = 1
     if config.variant == "threestudio":
-        n_noise = max(model.schedule.n_unet_calls(i, config.inversion_n_steps) for i in t) - 1
+        n_noise = max(n_unet_calls(model.schedule, i, config) for i in t) - 1
     noise = normal(n_noise, n, *SHAPE, seed=1)
     return tuple(
         SDI(model, config, static=static).target(

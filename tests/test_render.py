@@ -254,7 +254,7 @@ def test_atomics_are_refused_where_gradients_have_to_repeat(
 ) -> None:
     monkeypatch.setattr(sdi_fast.render, "has_cuda", lambda: has_cuda)
     config = dataclasses.replace(RENDER, precision="fp32")
-    like: Any = types.SimpleNamespace(is_cuda=True, device="cuda")
+    like: Any = types.SimpleNamespace(is_cuda=True, device="cuda", dtype=torch.float32)
     assert not Renderer(FIELD, config, backend).is_fused(scene.field, like)
     renderer = Renderer(FIELD, config, backend, deterministic=True)
     if is_refused:

@@ -14,10 +14,8 @@ from .. import __version__
 from ..engine import Engine, resolve_device
 from .machine import machine
 from .stored import Comparison, compare_with_stored
-from .timing import Memory, StepTiming, time_annealing, time_steps
+from .timing import N_WARM_UP, Memory, StepTiming, time_workload
 from .workload import Workload, choose_workload, still, with_speed
-
-N_WARM_UP = 4  # steps at each t: compilation, choices of kernels, captures
 
 
 def run_bench(
@@ -64,18 +62,15 @@ def measure(
     engine = Engine(config, pipeline=pipeline)
     rounds = 2 if quick else 10
     t_steps = workload.t_steps[-1:] if quick else workload.t_steps
-    timings = [
-        time_steps(engine.step, t, device, rounds=rounds, warmup=1 if quick else N_WARM_UP)
-        for t in t_steps
-    ]
-    timings.append(
-        time_annealing(
-            engine.step,
-            workload.annealing(),
-            device,
-            rounds=1 if quick else 3,
-            warmup=device.type == "cuda",
-        )
+    timings = time_workload(
+        engine.step,
+        t_steps,
+        workload.annealing(),
+        device,
+        rounds=rounds,
+        path_rounds=1 if quick else 3,
+        warmup=1 if quick else N_WARM_UP,
+        warm_path=device.type == "cuda",
     )
     stored = compare_with_stored(
         workload.name, {(speed, timing.t): timing.median_ms for timing in timings}

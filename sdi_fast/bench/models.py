@@ -9,14 +9,12 @@ from torch import nn
 
 from ..config import ModelConfig
 from ..constants import VIEW_NAMES
-from ..diffusion.denoiser import choose_denoiser
-from ..diffusion.encoder import LatentEncoder
-from ..diffusion.fast_unet import FastUNetOptions
-from ..diffusion.pipeline import Pipeline, quiet_libraries, resolve_dtype
+from ..diffusion.pipeline import Pipeline, assemble, quiet_libraries, resolve_dtype
 from ..diffusion.prompt import PromptEmbeddings
 from ..diffusion.schedule import DDIMSchedule
 
 TEXT_SHAPE = (77, 1024)  # tokens, width
+TFLOP_A_SAMPLE = 0.804  # one call of the UNet, 64 x 64 latents, 77 tokens
 UNET: dict[str, Any] = dict(
     sample_size=64,
     in_channels=4,
@@ -90,20 +88,4 @@ def random_pipeline(config: ModelConfig, device: torch.device | str) -> Pipeline
     dtype = resolve_dtype(config.dtype, device)
     with quiet_libraries():  # diffusers has something to say about a change of dtype
         unet, vae = make_unet(device).to(dtype), make_vae(device).to(dtype)
-    image_size = UNET["sample_size"] * 2 ** (len(VAE["block_out_channels"]) - 1)
-    options = FastUNetOptions(linears=config.unet_linears)
-    denoiser, why = choose_denoiser(unet, config.denoiser, options)
-    encoder = LatentEncoder(vae, image_size, config.encoder)
-    notes = {"model.denoiser": why, "model.encoder": encoder.note}
-    return Pipeline(
-        schedule=sd_schedule(device),
-        denoiser=denoiser,
-        encoder=encoder,
-        prompts=cast(Any, RandomPrompts(device)),
-        latent_channels=UNET["in_channels"],
-        sample_size=UNET["sample_size"],
-        image_size=image_size,
-        dtype=dtype,
-        device=device,
-        notes=tuple(f"{key}: {note}" for key, note in notes.items() if note),
-    )
+    return assemble(config, sd_schedule(device), unet, vae, cast(Any, RandomPrompts(device)))

@@ -12,6 +12,7 @@ import torch
 
 ROUND_SECONDS = 0.3  # of consecutive steps between two waits for the device
 MOST_STEPS = 8  # in a round
+N_WARM_UP = 4  # steps of ours at each t: compilation, choices of kernels, captures
 Step = Callable[[int | None], Any]  # of a time step, or of the schedule's where None
 
 
@@ -82,6 +83,23 @@ def time_annealing(
         seconds, results = timed(calls, device)
         times.append(seconds / len(path) * 1e3)
     return _summary(None, times, len(path), results)
+
+
+def time_workload(
+    step: Step,
+    t_steps: Sequence[int],
+    path: Sequence[int],
+    device: torch.device,
+    *,
+    rounds: int,
+    path_rounds: int,
+    warmup: int,
+    warm_path: bool,
+) -> list[StepTiming]:
+    """`time_steps` at each of `t_steps`, then `time_annealing` over `path`."""
+    timings = [time_steps(step, t, device, rounds=rounds, warmup=warmup) for t in t_steps]
+    timings.append(time_annealing(step, path, device, rounds=path_rounds, warmup=warm_path))
+    return timings
 
 
 def _summary(t: int | None, times: list[float], n: int, results: list[Any]) -> StepTiming:

@@ -77,19 +77,32 @@ def load_pipeline(config: ModelConfig, device: torch.device | str = "cpu") -> Pi
         vae = _guard(folder, "vae", _diffusers_loader(AutoencoderKL, dtype))
         unet = _guard(folder, "unet", _diffusers_loader(UNet2DConditionModel, dtype))
     _check_fit(unet.config, vae.config, text_model.config)
+    prompts = TextEncoder(text_model, tokenizer, device)
+    return assemble(config, schedule, unet.to(device), vae.to(device), prompts)
+
+
+def assemble(
+    config: ModelConfig, schedule: DDIMSchedule, unet: Any, vae: Any, prompts: TextEncoder
+) -> Pipeline:
+    """A pipeline of diffusers' modules, with the denoiser and the encoder that `config` names.
+
+    Raises:
+        SDIFastError: for a latent that is no square, or a component asked for as "fast" that does
+            not support the module, or for fp8 on a GPU without it.
+    """
     sample_size = _sample_size(unet.config)
     image_size = sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
-    latent_channels = int(unet.config.in_channels)
     options = FastUNetOptions(linears=config.unet_linears)
-    denoiser, why = choose_denoiser(unet.to(device), config.denoiser, options)
-    encoder = LatentEncoder(vae.to(device), image_size, config.encoder)
+    dtype, device = unet.dtype, unet.device
+    denoiser, why = choose_denoiser(unet, config.denoiser, options)
+    encoder = LatentEncoder(vae, image_size, config.encoder)
     notes = {"model.denoiser": why, "model.encoder": encoder.note}
     return Pipeline(
         schedule=schedule,
         denoiser=denoiser,
         encoder=encoder,
-        prompts=TextEncoder(text_model, tokenizer, device),
-        latent_channels=latent_channels,
+        prompts=prompts,
+        latent_channels=int(unet.config.in_channels),
         sample_size=sample_size,
         image_size=image_size,
         dtype=dtype,

@@ -253,10 +253,6 @@ class DDIMSchedule:
             raise SDIFastError(f"delta: expected at least 0, got {delta}")
         return min(t + delta, total - 1)
 
-    def n_unet_calls(self, t: int, n_steps: int, variant: Variant = "threestudio") -> int:
-        """UNet forwards of one target at t: the inversion's and the prediction's."""
-        return len(self.inversion_path(t, 0, n_steps, variant))
-
 
 def delta_from_uniform(
     uniform: Tensor,  # any shape, f64 in [0, 1)

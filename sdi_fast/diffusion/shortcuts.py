@@ -16,7 +16,7 @@ Consecutive steps of one inversion ask the UNet for nearly the same, and so do P
   only the outermost levels run (DeepCache, arXiv 2312.00858).
 
 The first step and the prediction reuse nothing. What a step reuses depends on its place in its own
-inversion alone, so that a sample gets the same in every batch. There is no fp8 mode.
+inversion alone, so that a sample gets the same in every batch.
 """
 
 from __future__ import annotations

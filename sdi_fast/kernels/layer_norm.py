@@ -20,13 +20,20 @@ PROCESSORS = 132  # of an H100 or H200
 @triton.jit
 def normalise(
     value: tl.tensor,  # [rows, block] f32
-    real: tl.tensor,  # [block]: which columns there are
-    w: tl.tensor,  # [block] f32, zeros beyond the columns; and so b
-    b: tl.tensor,
+    lane: tl.tensor,  # [block]
+    weight: tl.tensor,  # [C]
+    bias: tl.tensor,  # [C]
+    shift: tl.tensor,  # [C] where has_shift, added first
+    has_shift: tl.constexpr,
     n_channels: tl.constexpr,
     eps: tl.tensor,
 ) -> tl.tensor:
     """Rows normalised; zeros beyond the columns."""
+    real = lane < n_channels
+    w = tl.load(weight + lane, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(bias + lane, mask=real, other=0.0).to(tl.float32)
+    if has_shift:
+        value += tl.load(shift + lane, mask=real, other=0.0).to(tl.float32)[None, :]
     mean = tl.sum(value, 1)[:, None] / n_channels
     off = tl.where(real[None, :], value - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(off * off, 1)[:, None] / n_channels + eps)
@@ -49,15 +56,10 @@ def _layer_norm(
 ) -> None:
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)[:, None]
     lane = tl.arange(0, block)  # in one dimension: else Triton moves x from layout to layout
-    real = lane < n_channels
-    inside = (row < n_rows) & real[None, :]
+    inside = (row < n_rows) & (lane < n_channels)[None, :]
     at = row * n_channels + lane[None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(weight + lane, mask=real, other=0.0).to(tl.float32)
-    b = tl.load(bias + lane, mask=real, other=0.0).to(tl.float32)
-    if has_shift:
-        value += tl.load(shift + lane, mask=real, other=0.0).to(tl.float32)[None, :]
-    y = normalise(value, real, w, b, n_channels, eps)
+    y = normalise(value, lane, weight, bias, shift, has_shift, n_channels, eps)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 

@@ -100,8 +100,7 @@ def _layer_norm8(
 ) -> None:
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)[:, None]
     lane = tl.arange(0, block)
-    real = lane < n_channels
-    inside = (row < n_rows) & real[None, :]
+    inside = (row < n_rows) & (lane < n_channels)[None, :]
     at = row * n_channels + lane[None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if has_added:
@@ -109,11 +108,7 @@ def _layer_norm8(
         kept = value.to(x.dtype.element_ty)
         tl.store(x + at, kept, mask=inside)
         value = kept.to(tl.float32)
-    w = tl.load(weight + lane, mask=real, other=0.0).to(tl.float32)
-    b = tl.load(bias + lane, mask=real, other=0.0).to(tl.float32)
-    if has_shift:
-        value += tl.load(shift + lane, mask=real, other=0.0).to(tl.float32)[None, :]
-    y = normalise(value, real, w, b, n_channels, eps)
+    y = normalise(value, lane, weight, bias, shift, has_shift, n_channels, eps)
     _store_rows(y, values, scale, row, lane[None, :], n_rows, n_channels)
 
 

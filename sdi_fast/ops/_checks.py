@@ -63,6 +63,19 @@ def check_activation(
     check_tensor(name, value, shape, dtype=value.dtype, like=like)
 
 
+def check_normed(
+    x: Tensor,  # [M, C]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    shift: Tensor | None,  # [C]
+) -> None:
+    """Raise SDIFastError unless these are what a layer norm takes."""
+    check_activation("x", x, (None, None))
+    for name, value in (("weight", weight), ("bias", bias), ("shift", shift)):
+        if value is not None:
+            check_activation(name, value, (x.shape[1],), x)
+
+
 def check_gated(
     x: Tensor,  # [M, 2 F]: values, then gates
     bias: Tensor,  # [2 F]

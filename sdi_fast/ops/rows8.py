@@ -13,7 +13,7 @@ from torch import Tensor
 from ..reference import rows8 as reference
 from ..reference.rows8 import E4M3, Rows8
 from ..types import SDIFastError
-from ._checks import check_activation, check_gated, check_tensor
+from ._checks import check_activation, check_gated, check_normed, check_tensor
 from ._native import use_triton
 
 MULTIPLE = 16  # of a product's inner and outer size, for torch._scaled_mm on a GPU
@@ -71,11 +71,7 @@ def layer_norm8(
     backend: str = "auto",
 ) -> Rows8:
     """Layer norm over the channels, in e4m3."""
-    check_activation("x", x, (None, None))
-    check_activation("weight", weight, (x.shape[1],), x)
-    check_activation("bias", bias, (x.shape[1],), x)
-    if shift is not None:
-        check_activation("shift", shift, (x.shape[1],), x)
+    check_normed(x, weight, bias, shift)
     if added is not None:
         check_tensor("added", added, tuple(x.shape), dtype=x.dtype, like=x)
         if not x.is_contiguous():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..reference import unet_ops as reference
 from ..types import SDIFastError
-from ._checks import check_activation, check_gated, check_tensor
+from ._checks import check_activation, check_gated, check_normed, check_tensor
 from ._native import use_triton
 
 ROW_BYTES = 16  # the copy engine's rows are multiples of it
@@ -83,11 +83,7 @@ def layer_norm(
     backend: str = "auto",
 ) -> Tensor:
     """Layer norm over the channels, [M, C]."""
-    check_activation("x", x, (None, None))
-    check_activation("weight", weight, (x.shape[1],), x)
-    check_activation("bias", bias, (x.shape[1],), x)
-    if shift is not None:
-        check_activation("shift", shift, (x.shape[1],), x)
+    check_normed(x, weight, bias, shift)
     if not use_triton("layer_norm", x, backend):
         return reference.layer_norm(x, weight, bias, shift, eps=eps)
     from ..kernels.layer_norm import layer_norm as kernel

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..camera import orbit_cameras
 from ..config import CameraConfig
+from ..engine import Engine
 from ..types import Camera, SDIFastError
 from .renderer import render_scene
 from .scenes import COLOURS, KINDS, Scene, parse_caption, strip_view
@@ -108,6 +109,16 @@ def silhouette_iou(
 
 
 @torch.no_grad()
+def evaluate_engine(engine: Engine, caption: str) -> dict[str, Any]:
+    """`evaluate_run` of what `engine` renders as it stands."""
+
+    def render(camera: Camera) -> tuple[Tensor, Tensor]:
+        output = engine.render(camera)
+        return output.comp_rgb, output.opacity[..., 0]
+
+    return evaluate_run(render, caption, device=engine.device)
+
+
 def evaluate_run(
     render_fn: RenderFn, caption: str, *, scorer: Scorer | None = None, device: Any = "cpu"
 ) -> dict[str, Any]:
