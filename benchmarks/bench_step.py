@@ -147,6 +147,12 @@ class Bench:
             self._built[key] = Built(pipeline, memory)
         return self._built[key]
 
+    def forget(self, name: str) -> None:
+        """Lets the candidate's model go, with all graphs that it has captured."""
+        model = self.config(name).model
+        self._built.pop((model.denoiser, model.encoder), None)
+        collect()
+
     def engine(self, name: str, config: Config) -> Any:
         """A BaselineStep or an Engine; either has step(t, delta)."""
         pipeline = self.built(name).pipeline
