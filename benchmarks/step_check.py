@@ -6,9 +6,11 @@ over its parameters and occupancy grid and steps from there.
 
 Allowed: the losses of the images LOSS_TOLERANCE (both render in f16 on a GPU, images differ by
 2e-3 at most), the guidance GUIDANCE_TOLERANCE (two f16 UNets through up to 12 calls, whose errors
-the guidance scale multiplies), gradients GRADIENT_TOLERANCE: with random cotangents the table's
-were off by 5e-2 (nerfacc) and 2e-2 (ours) from f32 (results/render_h200.json), and here cotangents
-partly cancel. A wrong sign or a missing term is 0.3 and more.
+the guidance scale multiplies; exact mode was off by up to 4e-2 in four runs on an H200, which
+differ by the algorithms that cuDNN took for the fastest), gradients GRADIENT_TOLERANCE: with
+random cotangents the table's were off by 5e-2 (nerfacc) and 2e-2 (ours) from f32
+(results/render_h200.json), and here cotangents partly cancel. A wrong sign or a
+missing term is 0.3 and more.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from sdi_fast.engine import Engine
 
 DELTA = 37
 N_STEPS = 3  # the last one is compared: graphs may be captured in the first ones
-LOSS_TOLERANCE, GUIDANCE_TOLERANCE, GRADIENT_TOLERANCE = 1e-2, 5e-2, 0.25
+LOSS_TOLERANCE, GUIDANCE_TOLERANCE, GRADIENT_TOLERANCE = 1e-2, 0.1, 0.25
 LOSS_FLOOR = 0.05  # added to a loss that its error is compared with: convexity may be near zero
 FIELD = "exp_avg.field."
 
