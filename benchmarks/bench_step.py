@@ -132,12 +132,18 @@ class Bench:
             )
         return official(config) if name == BASELINE else config
 
-    def built(self, name: str) -> Built:
-        """The candidate's model; that of the baseline is loaded first, whatever the order."""
+    def built(self, name: str, *, anew: bool = False) -> Built:
+        """The candidate's model; that of the baseline is loaded first, whatever the order.
+
+        Args:
+            anew: whether to let the one that is there go, with all graphs that it has captured.
+        """
         if name != BASELINE:
             self.built(BASELINE)
         model = self.config(name).model
         key = (model.denoiser, model.encoder)
+        if anew:
+            self._built.pop(key, None)
         if key not in self._built:
             collect()
             begin = time.perf_counter()
@@ -146,12 +152,6 @@ class Bench:
             print(f"  model {'/'.join(key)}: {time.perf_counter() - begin:.1f} s")
             self._built[key] = Built(pipeline, memory)
         return self._built[key]
-
-    def forget(self, name: str) -> None:
-        """Lets the candidate's model go, with all graphs that it has captured."""
-        model = self.config(name).model
-        self._built.pop((model.denoiser, model.encoder), None)
-        collect()
 
     def engine(self, name: str, config: Config) -> Any:
         """A BaselineStep or an Engine; either has step(t, delta)."""

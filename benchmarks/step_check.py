@@ -9,8 +9,8 @@ Allowed: the losses of the images LOSS_TOLERANCE (both render in f16 on a GPU, i
 the guidance scale multiplies; exact mode was off by up to 4e-2 in four runs on an H200, which
 differ by the algorithms that cuDNN took for the fastest), gradients GRADIENT_TOLERANCE: with
 random cotangents the table's were off by 5e-2 (nerfacc) and 2e-2 (ours) from f32
-(results/render_h200.json), and here cotangents partly cancel. A wrong sign or a
-missing term is 0.3 and more.
+(results/render_h200.json), and here cotangents partly cancel. A wrong sign or a missing term is
+0.3 and more.
 """
 
 from __future__ import annotations

@@ -239,8 +239,8 @@ def _scaled(config: Config, what: str, n: int) -> Config:
 
 def _scaling_row(bench: Any, name: str, config: Config, n_prompts: int) -> dict[str, Any]:
     """Of one step; several prompts take turns and share what those of `sdi-fast batch` do."""
-    bench.forget(name)  # a model keeps the graphs of its last shapes, which are other rows'
-    built = bench.built(name)
+    # a model keeps the graphs of its last shapes, which are other rows'
+    built = bench.built(name, anew=True)
     built.memory.forget_peak()
     t = SCALING_T if not bench.args.quick else bench.workload.t_steps[0]
     engine = bench.engine(name, config)

@@ -23,12 +23,12 @@ SMALL = [
     "export.preview_size=16", "export.preview_views=1", "export.mesh_resolution=12",
     "guidance.inversion_n_steps=2",
 ]  # fmt: skip
+SMALL_OPTIONS = tuple(word for setting in SMALL for word in ("--set", setting))
 
 
 def small_run(tiny: Path, *more: str, command: str = "generate") -> list[str]:
     """The arguments of a run that takes some 10 ms a step."""
-    sets = [word for setting in SMALL for word in ("--set", setting)]
-    return [command, "--model", str(tiny), *sets, *more]
+    return [command, "--model", str(tiny), *SMALL_OPTIONS, *more]
 
 
 def small_config(tiny: Path, prompt: str, steps: int = 4, *more: str) -> Config:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_field, relative_error
-from small_runs import SMALL
+from small_runs import SMALL_OPTIONS
 from torch import Tensor
 
 from sdi_fast import reference
@@ -161,8 +161,7 @@ def test_bench_speed_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.slow
 def test_bench_generate_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness.save, "__defaults__", (tmp_path,))
-    sets = tuple(word for setting in SMALL for word in ("--set", setting))
-    args = bench_generate.Args(runs=1, steps=3, device="cpu", imports=True, options=sets)
+    args = bench_generate.Args(runs=1, steps=3, device="cpu", imports=True, options=SMALL_OPTIONS)
     bench_generate.main(args)
     content = json.loads((tmp_path / "generate_cpu.json").read_text())
     (run,) = content["runs"]
@@ -174,9 +173,8 @@ def test_bench_generate_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_object_that_is_none_has_no_time(tmp_path: Path) -> None:
-    args = bench_generate.Args(steps=2, device="cpu")
-    sets = tuple(word for setting in SMALL for word in ("--set", setting))
-    bench_generate.generate(dataclasses.replace(args, options=sets), tmp_path / "run")
+    args = bench_generate.Args(steps=2, device="cpu", options=SMALL_OPTIONS)
+    bench_generate.generate(args, tmp_path / "run")
     with pytest.raises(AssertionError, match="IoU 0"):
         bench_generate.check(dataclasses.replace(args, steps=0), tmp_path / "run")
 

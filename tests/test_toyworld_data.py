@@ -287,6 +287,17 @@ def test_evaluate_run() -> None:
     assert wrong["iou"] == pytest.approx(sum(wrong["iou_views"]) / 8)
 
 
+def test_evaluate_run_keeps_no_graph() -> None:
+    graphs = []
+
+    def render(camera: Camera) -> tuple[Tensor, Tensor]:
+        graphs.append(torch.is_grad_enabled())
+        return painted("car", COLOURS["green"])(camera)
+
+    evaluate_run(render, "a green car", scorer=ColourScorer())
+    assert graphs and not any(graphs)
+
+
 def test_a_broken_run_gets_no_marks() -> None:
     def render(camera: Camera) -> tuple[Tensor, Tensor]:
         nothing = torch.full((8, camera.height, camera.width), float("nan"))

@@ -9,18 +9,20 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..camera import orbit_cameras
 from ..config import CameraConfig
-from ..engine import Engine
 from ..types import Camera, SDIFastError
 from .renderer import render_scene
 from .scenes import COLOURS, KINDS, Scene, parse_caption, strip_view
 from .score import IMAGE_PIXELS, Scorer
+
+if TYPE_CHECKING:
+    from ..engine import Engine
 
 EVAL_PROMPTS = (
     "a red mushroom",
@@ -108,7 +110,6 @@ def silhouette_iou(
     return both / either.clamp_min(1)  # the ground truth is never empty
 
 
-@torch.no_grad()
 def evaluate_engine(engine: Engine, caption: str) -> dict[str, Any]:
     """`evaluate_run` of what `engine` renders as it stands."""
 
@@ -119,6 +120,7 @@ def evaluate_engine(engine: Engine, caption: str) -> dict[str, Any]:
     return evaluate_run(render, caption, device=engine.device)
 
 
+@torch.no_grad()
 def evaluate_run(
     render_fn: RenderFn, caption: str, *, scorer: Scorer | None = None, device: Any = "cpu"
 ) -> dict[str, Any]:
